@@ -11,7 +11,7 @@ float64, for tests. One call of `set_backend` chooses for the whole process.
 """
 
 from kernels import attention
-from kernels.attention import AttentionHints, attention_hints
+from kernels.attention import AttentionHints, attention_hints, uniform_hints
 from kernels.loss import IGNORE, linear_cross_entropy
 from kernels.norm import layer_norm, rms_norm
 from kernels.rope import apply_rope, rope_table

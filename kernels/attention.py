@@ -149,6 +149,12 @@ def attention_hints(start: np.ndarray, end: np.ndarray) -> AttentionHints:
     return AttentionHints(groups, torch.from_numpy(place))
 
 
+def uniform_hints(n: int, m: int, s: int) -> AttentionHints:
+    """Hints for n spans of m queries and s keys each, laid end to end: pictures, latents."""
+    rows, keys = slice(0, n * m), slice(0, n * s)
+    return AttentionHints([SpanGroup(n, m, s, rows, keys, causal=False, mask=None)], None)
+
+
 def _tiles(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int, str]]:
     """Cut the rows into (first, stop, kind): "full" rectangles, "causal" triangles, "masked".
 

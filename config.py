@@ -1,0 +1,189 @@
+"""Every choice of a training run in one dataclass, the presets, and the command line made of them.
+
+A field of TrainConfig is a flag of train.py: `batch_size` is --batch-size, its `help` is the help
+text. Presets are tables of fields that differ from the defaults. What neither a model card nor a
+paper prescribes is our own choice.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from model import DecoderConfig, ModelConfig
+from vision import CLIP_MEAN, CLIP_STD, ResamplerConfig, VisionConfig
+
+
+def option(default, help: str, choices: tuple = ()):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    preset: str = option("tiny", "which row of PRESETS to start from")
+    data: str = option("", "folder of name.jpg + name.txt pairs; without it, the drawn world")
+    init: str = option("", "model folder to start from ('none': from nothing); with --data "
+                           "assets/tiny unless said otherwise, else nothing")
+    out: str = option("", "run folder to write (default: out/PRESET, with --data out/FOLDER)")
+    resume: str = option("", "run folder to go on with, exactly where it stopped")
+
+    stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order")
+    steps: tuple[int, ...] = option((1000, 1000), "optimizer steps of each stage")
+    lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage")
+    min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage")
+    warmup_steps: tuple[int, ...] = option((50, 50), "steps of linear warm-up of each stage")
+    frozen: tuple[str, ...] = option(("", "vision"), "parts frozen in each stage, joined by +: "
+                                                     "vision, decoder")
+    max_steps: int = option(0, "cut every stage down to this many steps (0: as preset)")
+
+    batch_size: int = option(64, "samples of one optimizer step, over all ranks together")
+    grad_accum_steps: int = option(1, "micro-batches in which each rank works through a step")
+    weight_decay: float = option(0.1, "AdamW's, on matrices only")
+    beta1: float = option(0.9, "AdamW's")
+    beta2: float = option(0.95, "AdamW's")
+    adam_eps: float = option(1e-8, "AdamW's")
+    grad_clip: float = option(1.0, "largest gradient norm")
+    contrastive_weight: float = option(0.5, "weight of the contrastive loss beside the tokens'")
+    seed: int = option(0, "fixes weights, order and drawn scenes")
+
+    device: str = option("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32",
+                        ("auto", "float32", "bfloat16"))
+    workers: int = option(1, "processes a rank that prepare data ahead")
+    eval_every: int = option(250, "steps between evaluations (0: only at the end)")
+    eval_questions: int = option(60, "questions of each kind in an evaluation on the way")
+    exam_questions: int = option(300, "questions of each kind in the last evaluation")
+    checkpoint_every: int = option(250, "steps between checkpoints (0: only when stopped)")
+    keep: int = option(2, "checkpoints kept")
+
+    def __post_init__(self):
+        n = len(self.stages)
+        for name in ("steps", "lr", "min_lr", "warmup_steps", "frozen"):
+            if len(getattr(self, name)) != n:
+                raise ValueError(f"{flag(name)} needs one value for each of the {n} stages "
+                                 f"({' '.join(self.stages)}), got {len(getattr(self, name))}")
+        for name in ("batch_size", "grad_accum_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("workers", "max_steps", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
+
+    def stage_steps(self, stage: int) -> int:
+        return min(self.steps[stage], self.max_steps or self.steps[stage])
+
+
+TINY = ModelConfig(
+    vision=VisionConfig(
+        image_size=64, patch_size=8, dim=128, n_layers=4, n_heads=4, head_dim=32, hidden_dim=512,
+        activation="gelu", embed_dim=128, mean=CLIP_MEAN, std=CLIP_STD,
+    ),
+    decoder=DecoderConfig(
+        vocab_size=512, dim=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, hidden_dim=384,
+        max_seq_len=1024, cross_attn_every=2, cross_attn_mlp=True, visible_images="all",
+        max_images=8,
+    ),
+    contrastive_dim=128,
+)
+
+PRESETS: dict[str, dict] = {
+    # model: a ModelConfig; the rest: fields of TrainConfig
+    "tiny": dict(model=TINY),
+}
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+class UserError(Exception):
+    """A mistake of the user's: shown as its one line, exit code 2, no traceback."""
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr and exit code 2, without the usage block."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        sys.stderr.write(f"{self.prog}: {message} (see --help)\n")
+        raise SystemExit(2)
+
+
+def run(main: typing.Callable[[], None]) -> None:
+    """Call a script's main; a UserError or ValueError of the input checks ends it with one line."""
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
+        raise SystemExit(2) from None
+
+
+def parse(argv: list[str]) -> tuple[TrainConfig, set[str]]:
+    """Command line -> config (preset, then flags), and the names of the flags that were given."""
+    parser = Parser(prog="train.py", description="Train a vision-language model.")
+    types_of = typing.get_type_hints(TrainConfig)
+    for f in dataclasses.fields(TrainConfig):
+        kind = types_of[f.name]
+        many = typing.get_origin(kind) is tuple
+        parser.add_argument(
+            flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=f.metadata["help"],
+            type=typing.get_args(kind)[0] if many else kind, nargs="+" if many else None,
+            choices=f.metadata["choices"] or None,
+        )
+    given = vars(parser.parse_args(argv))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    preset = given.get("preset", "tiny")
+    if preset not in PRESETS:
+        parser.error(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    fields = {k: v for k, v in PRESETS[preset].items() if k != "model"}
+    if given.get("data"):
+        fields |= PAIRS
+    try:
+        return TrainConfig(**(fields | given)), set(given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# A user's own folder of captioned pictures: one stage, everything trained, few steps.
+PAIRS = dict(
+    stages=("pairs",), steps=(300,), lr=(1e-3,), min_lr=(1e-4,), warmup_steps=(20,), frozen=("",),
+    batch_size=12, eval_every=0,
+)
+
+
+# ------------------------------------------------------------------------------------- as JSON
+
+
+def to_json(config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_dict(kind: type, values: dict):
+    """The inverse of dataclasses.asdict for our configs; unknown or missing keys are a UserError."""
+    hints, kwargs = typing.get_type_hints(kind), {}
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise UserError(f"unknown key {sorted(unknown)[0]!r} in a {kind.__name__}")
+    for name, value in values.items():
+        hint = hints[name]
+        if isinstance(hint, types.UnionType):  # ResamplerConfig | None
+            hint = next(t for t in typing.get_args(hint) if t is not type(None))
+        if dataclasses.is_dataclass(hint) and value is not None:
+            value = from_dict(hint, value)
+        kwargs[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"not a valid {kind.__name__}: {error}") from None
+
+
+__all__ = ["PRESETS", "ResamplerConfig", "TrainConfig", "UserError", "from_dict", "parse", "run"]

@@ -1,0 +1,532 @@
+"""The model: a LLaMA decoder whose words look at pictures through gated cross-attention.
+
+Read after vision.py. From bottom to top:
+
+    RMSNorm, SelfAttention, SwiGLU, Block       LLaMA (Touvron et al. 2023)
+    CrossAttention, GatedCrossAttentionBlock    Flamingo (Alayrac et al. 2022, section 3.1.2)
+    VisionLanguageModel                         all of it, and the two losses' ingredients
+    KVCache, generate()                         writing, word by word
+
+    pictures --ViT--> [resampler] --> tokens --------------+-----------------+
+                                                           | keys, values    |
+    words ----> embed --> Block --> gated cross-attention --> Block ... --> gated cross ... --> head
+
+A gated block adds tanh(gate) * attention(...) to the words, and its gates start at 0: at the first
+step of training the decoder is bit for bit the language model it was before.
+
+There is no batch axis and no padding. Documents lie end to end in one stream of T tokens; their
+pictures lie end to end in another of I * P tokens. Which keys a token sees is two numbers a row,
+for the text [text_start, own position], for the pictures [image_start, image_end) counted in
+pictures. A token that sees no picture passes a gated block unchanged.
+
+Dimensions, here and everywhere:
+    B batch (documents being written)  T query tokens  S keys        C width       H heads
+    Hkv key/value heads   D head_dim   F feed-forward  V vocabulary  I images      P tokens an image
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import (
+    AttentionHints,
+    apply_rope,
+    attention_hints,
+    interval_attention,
+    linear_cross_entropy,
+    rms_norm,
+    rope_table,
+    swiglu,
+)
+from vision import LayerNorm, PerceiverResampler, ResamplerConfig, VisionConfig, VisionTransformer
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A LLaMA decoder and its gated blocks; the defaults are LLaMA-2-7B as villa-7b uses it."""
+
+    vocab_size: int = 32000  # pieces of the published table
+    n_special: int = 3  # <image>, <ret>, <end_of_utterance>: rows of our own, behind the table
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 32
+    head_dim: int = 128
+    hidden_dim: int = 11008
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_seq_len: int = 4096
+    cross_attn_every: int = 4  # a gated block in front of the last of every so many layers
+    cross_attn_mlp: bool = False  # a feed-forward in the gated blocks, too
+    visible_images: str = "latest"  # which pictures a word sees: the "latest", or "all" so far
+    max_images: int = 0  # "all": how many pictures of one document can be told apart
+
+    def __post_init__(self):
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
+        if self.n_layers % self.cross_attn_every:
+            raise ValueError(
+                f"cross_attn_every {self.cross_attn_every} must divide n_layers {self.n_layers}"
+            )
+        if self.visible_images not in ("latest", "all"):
+            raise ValueError(f"visible_images {self.visible_images!r}: choose 'latest' or 'all'")
+        if (self.visible_images == "all") != (self.max_images > 0):
+            raise ValueError("max_images must be above 0 for visible_images 'all', else 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vision: VisionConfig
+    decoder: DecoderConfig
+    resampler: ResamplerConfig | None = None
+    contrastive_dim: int = 0  # width of the space of <ret> and pictures; 0: no contrastive head
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.resampler.n_latents if self.resampler else self.vision.n_patches
+
+
+class Span(NamedTuple):
+    """The interval [start, end) of keys of every query row; hints as in kernels/attention.py."""
+
+    start: Tensor  # (T,) int32
+    end: Tensor  # (T,) int32
+    hints: AttentionHints | None = None
+
+
+class Batch(Protocol):
+    """What the model reads; data.py makes them. Hints may be None: they are then found here."""
+
+    tokens: Tensor  # (T,) int64
+    targets: Tensor  # (T,) int64, IGNORE where nothing is learned
+    target_rows: Tensor  # (L,) int64, the rows whose target is learned
+    positions: Tensor  # (T,) int32, from 0 in every document
+    text_start: Tensor  # (T,) int32, the first token of the own document
+    image_start: Tensor  # (T,) int32, first visible picture
+    image_end: Tensor  # (T,) int32, behind the last visible picture
+    images: Tensor  # (I, 3, h, w) uint8
+    image_index: Tensor  # (I,) int64, the picture's number within its document
+    ret_token: Tensor  # (R,) int64, rows of <ret>
+    text_hints: AttentionHints | None
+    image_hints: AttentionHints | None
+
+
+class Output(NamedTuple):
+    """What one micro-batch gives to the losses. Sums, not means: see kernels/loss.py."""
+
+    token_loss: Tensor  # 0-d, summed over the targets of this micro-batch
+    ret_features: Tensor  # (R, E) unit vectors: what each <ret> asks for
+    image_features: Tensor  # (I, E) unit vectors
+    logit_scale: Tensor  # 0-d, exp of the learned inverse temperature
+
+
+# ----------------------------------------------------------------------------------- the decoder
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = linear(c.dim, c.n_heads * c.head_dim)
+        self.k_proj = linear(c.dim, c.n_kv_heads * c.head_dim)
+        self.v_proj = linear(c.dim, c.n_kv_heads * c.head_dim)
+        self.o_proj = linear(c.n_heads * c.head_dim, c.dim, std_scale=(2 * c.n_layers) ** -0.5)
+
+    def forward(self, x: Tensor, rope: tuple, span: Span, cache: "LayerCache | None") -> Tensor:
+        q = apply_rope(heads(self.q_proj(x), self.head_dim), *rope)  # (T, H, D)
+        k = apply_rope(heads(self.k_proj(x), self.head_dim), *rope)  # (T, Hkv, D)
+        v = heads(self.v_proj(x), self.head_dim)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (S, Hkv, D): every slot, written so far or not
+        o = interval_attention(q, k, v, span.start, span.end, hints=span.hints)
+        return self.o_proj(o.flatten(1))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.gate_proj = linear(c.dim, c.hidden_dim)
+        self.up_proj = linear(c.dim, c.hidden_dim)
+        self.down_proj = linear(c.hidden_dim, c.dim, std_scale=(2 * c.n_layers) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attn = SelfAttention(c)
+        self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
+        self.mlp = SwiGLU(c)
+
+    def forward(
+        self, x: Tensor, rope: tuple, span: Span, cache: "LayerCache | None" = None
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, span, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ------------------------------------------------------------------------- looking at pictures
+
+
+class CrossAttention(nn.Module):
+    """Words ask, pictures answer. No rotary embedding: a picture has no place in the sentence."""
+
+    def __init__(self, c: DecoderConfig, image_dim: int):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = linear(c.dim, c.n_heads * c.head_dim)
+        self.k_proj = linear(image_dim, c.n_heads * c.head_dim)
+        self.v_proj = linear(image_dim, c.n_heads * c.head_dim)
+        self.o_proj = linear(c.n_heads * c.head_dim, c.dim)
+
+    def keys_values(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """pictures (I * P, Cv) -> k, v (I * P, H, D): while writing, computed once a picture."""
+        return heads(self.k_proj(pictures), self.head_dim), heads(
+            self.v_proj(pictures), self.head_dim
+        )
+
+    def forward(self, x: Tensor, pictures: Tensor, span: Span, cached: tuple | None) -> Tensor:
+        q = heads(self.q_proj(x), self.head_dim)  # (T, H, D)
+        k, v = cached or self.keys_values(pictures)
+        o = interval_attention(q, k, v, span.start, span.end, hints=span.hints)
+        return self.o_proj(o.flatten(1))
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """x + tanh(attn_gate) * attention, then, if asked for, the same with a feed-forward.
+
+    Attention over no picture is exactly 0 and o_proj has no bias, so a token that sees no picture
+    leaves as it came; the feed-forward is switched off for such tokens by `sees`.
+    """
+
+    def __init__(self, c: DecoderConfig, image_dim: int):
+        super().__init__()
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attn = CrossAttention(c, image_dim)
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        if c.cross_attn_mlp:
+            self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
+            self.mlp = SwiGLU(c)
+            self.mlp_gate = nn.Parameter(torch.zeros(1))
+        self.has_mlp = c.cross_attn_mlp
+
+    def forward(
+        self, x: Tensor, pictures: Tensor, span: Span, sees: Tensor, cached: tuple | None = None
+    ) -> Tensor:
+        """x (T, C), pictures (I * P, Cv), sees (T, 1) in x's dtype: 1 where a picture is seen."""
+        x = x + self.attn_gate.tanh() * self.attn(self.attn_norm(x), pictures, span, cached)
+        if self.has_mlp:
+            x = x + self.mlp_gate.tanh() * sees * self.mlp(self.mlp_norm(x))
+        return x
+
+
+# -------------------------------------------------------------------------------- the whole model
+
+
+class ContrastiveHead(nn.Module):
+    """Projects <ret> and pictures into one space, at a learned temperature (CLIP, section 2.3)."""
+
+    MAX_LOGIT_SCALE = math.log(100)
+
+    def __init__(self, text_dim: int, image_dim: int, dim: int):
+        super().__init__()
+        self.text_proj = linear(text_dim, dim)
+        self.image_proj = linear(image_dim, dim)
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
+
+    def forward(self, ret_hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        text = F.normalize(self.text_proj(ret_hidden).float(), dim=-1)
+        image = F.normalize(self.image_proj(pooled).float(), dim=-1)
+        return text, image, self.logit_scale[0].clamp(max=self.MAX_LOGIT_SCALE).exp()
+
+
+class VisionLanguageModel(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, c = config, config.decoder
+        image_dim = config.vision.dim
+        self.vision = VisionTransformer(config.vision)
+        if config.resampler:
+            self.resampler = PerceiverResampler(config.resampler, image_dim)
+        else:
+            self.image_norm = LayerNorm(image_dim, config.vision.norm_eps)
+        if c.visible_images == "all":  # else two pictures of a document would look alike in place
+            self.image_index_embed = nn.Parameter(torch.zeros(c.max_images, image_dim))
+        self.embed = table(c.vocab_size, c.dim)
+        self.special_embed = table(c.n_special, c.dim)
+        self.cross_blocks = nn.ModuleDict(
+            {
+                str(i): GatedCrossAttentionBlock(c, image_dim)
+                for i in range(c.cross_attn_every - 1, c.n_layers, c.cross_attn_every)
+            }
+        )
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.head = table(c.vocab_size, c.dim)
+        self.special_head = table(c.n_special, c.dim)
+        if config.contrastive_dim:
+            pooled_dim = image_dim if config.resampler else config.vision.embed_dim
+            self.contrastive = ContrastiveHead(c.dim, pooled_dim, config.contrastive_dim)
+
+    def forward(self, batch: Batch) -> Output:
+        """One micro-batch of training: the summed token loss and the contrastive features."""
+        pictures, pooled = self.encode_images(batch.images, batch.image_index)
+        text_end = torch.arange(1, len(batch.tokens) + 1, device=batch.tokens.device)
+        text = Span(batch.text_start, text_end.int(), batch.text_hints)
+        hidden = self.decode(
+            batch.tokens, batch.positions, text, self.image_span(batch), pictures
+        )  # (T, C)
+        rows = batch.target_rows
+        token_loss, _ = linear_cross_entropy(
+            hidden.index_select(0, rows), self.output_table(), batch.targets.index_select(0, rows)
+        )
+        if not self.config.contrastive_dim:
+            nothing = token_loss.new_zeros(0, 1)
+            return Output(token_loss, nothing, nothing, token_loss.new_ones(()))
+        ret_hidden = hidden.index_select(0, batch.ret_token)  # (R, C)
+        return Output(token_loss, *self.contrastive(ret_hidden, pooled))
+
+    def encode_images(self, images: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (I, 3, h, w) -> what words look at (I * P, Cv), and one feature a picture (I, E).
+
+        The feature is CLIP's pooled one, or the mean of the resampler's latents where it exists.
+        """
+        n_images = len(images)
+        pictures, pooled = self.vision(images)
+        if self.config.resampler:
+            pictures = self.resampler(pictures, n_images)
+            pooled = pictures.view(n_images, -1, pictures.shape[-1]).mean(1)
+        else:
+            pictures = self.image_norm(pictures)
+        if self.config.decoder.visible_images == "all":
+            number = self.image_index_embed.index_select(0, image_index)[:, None]  # (I, 1, Cv)
+            pictures = (pictures.view(n_images, -1, number.shape[-1]) + number).flatten(0, 1)
+        return pictures, pooled
+
+    def decode(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        text: Span,
+        seen: Span,
+        pictures: Tensor | None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """tokens (T,) -> hidden states (T, C) after the last norm.
+
+        `text` are the intervals over the tokens (with a cache: over its slots), `seen` those over
+        the picture tokens. With a cache that already holds the pictures, `pictures` may be None.
+        """
+        c = self.config.decoder
+        rope = rope_table(positions, c.head_dim, c.rope_theta)
+        x = F.embedding(tokens, torch.cat([self.embed, self.special_embed]))  # (T, C)
+        sees = (seen.start < seen.end)[:, None].to(x.dtype)  # (T, 1)
+        for i, block in enumerate(self.blocks):
+            if (cross := self.cross_block(i)) is not None:
+                cached = cache.pictures(i, cross, pictures) if cache else None
+                x = cross(x, pictures, seen, sees, cached)
+            x = block(x, rope, text, cache.layers[i] if cache else None)
+        return self.norm(x)
+
+    def cross_block(self, layer: int) -> GatedCrossAttentionBlock | None:
+        """The gated block in front of this layer, if it has one."""
+        return self.cross_blocks[str(layer)] if str(layer) in self.cross_blocks else None
+
+    def image_span(self, batch: Batch) -> Span:
+        """Intervals in pictures -> intervals in picture tokens."""
+        P = self.config.tokens_per_image
+        return Span(batch.image_start * P, batch.image_end * P, batch.image_hints)
+
+    def output_table(self) -> Tensor:
+        """(V + n_special, C): the published rows and our own."""
+        return torch.cat([self.head, self.special_head])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(T, C) -> (T, V + n_special) in fp32."""
+        return F.linear(hidden, self.output_table()).float()
+
+    def gates(self) -> dict[str, float]:
+        """tanh of every gate: how far each gated block has opened."""
+        return {
+            f"{layer}.{name}": float(getattr(block, name).detach().tanh())
+            for layer, block in self.cross_blocks.items()
+            for name in ("attn_gate", "mlp_gate")
+            if hasattr(block, name)
+        }
+
+
+def linear(n_in: int, n_out: int, std_scale: float = 1.0) -> nn.Linear:
+    """A matrix without bias whose outputs start with the variance of its inputs (or less)."""
+    layer = nn.Linear(n_in, n_out, bias=False)
+    nn.init.normal_(layer.weight, std=std_scale * n_in**-0.5)
+    return layer
+
+
+def table(n_rows: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(n_rows, dim) * dim**-0.5)
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.view(x.shape[0], -1, head_dim)  # (T, H * D) -> (T, H, D)
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+class LayerCache:
+    """Keys and values of one layer: B slots of max_len rows each, laid end to end."""
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype):
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows = torch.zeros(0, dtype=torch.int64)  # where the next tokens are written
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.k.index_copy_(0, self.rows, k)
+        self.v.index_copy_(0, self.rows, v)
+        return self.k, self.v
+
+
+class KVCache:
+    """What the decoder keeps while it writes: its own keys and values, and the pictures' ones."""
+
+    def __init__(self, model: VisionLanguageModel, n_slots: int, max_len: int):
+        c, weight = model.config.decoder, model.embed
+        self.max_len = max_len
+        shape = (n_slots * max_len, c.n_kv_heads, c.head_dim)
+        self.layers = [LayerCache(shape, weight.device, weight.dtype) for _ in range(c.n_layers)]
+        self.picture_kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def pictures(self, layer: int, block: GatedCrossAttentionBlock, pictures: Tensor | None):
+        if layer not in self.picture_kv:
+            self.picture_kv[layer] = block.attn.keys_values(pictures)
+        return self.picture_kv[layer]
+
+    def span(self, slots: list[int], positions: list[int]) -> Span:
+        """Prepare to write at these places; every token sees its own slot up to itself."""
+        slot, position = torch.tensor(slots), torch.tensor(positions)
+        start = slot * self.max_len
+        rows = start + position
+        hints = attention_hints(start.numpy(), rows.numpy() + 1)
+        device = self.layers[0].k.device
+        for layer in self.layers:
+            layer.rows = rows.to(device)
+        return Span(start.int().to(device), (rows + 1).int().to(device), hints.to(device))
+
+
+class Step(NamedTuple):
+    """One written token: of which document, which token, its log-probability, its hidden state."""
+
+    document: int
+    token: int
+    logprob: float
+    hidden: Tensor  # (C,), the state that chose the token
+
+
+@torch.inference_mode()
+def generate(
+    model: VisionLanguageModel,
+    batch: Batch,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[int, ...] = (),
+    forbidden: tuple[int, ...] = (),
+) -> Iterator[Step]:
+    """Continue every document of a batch, yielding each token as it is made.
+
+    temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing. A document ends with
+    a token of `stop` (which is yielded), after max_new_tokens, or at the model's max_seq_len.
+    `forbidden` tokens are never written. Prompts of any lengths run together without padding, and
+    a document's words do not depend on its neighbours unless they are sampled (temperature > 0).
+    """
+    device = model.embed.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    first = batch.text_start.cpu()
+    last = torch.cat([(first[1:] != first[:-1]).nonzero()[:, 0], torch.tensor([len(first) - 1])])
+    slot = torch.unique_consecutive(first, return_inverse=True)[1].tolist()
+    positions = batch.positions.tolist()
+    lengths = [positions[row] + 1 for row in last.tolist()]
+    longest = min(max(lengths) + max_new_tokens, model.config.decoder.max_seq_len)
+    if max(lengths) >= model.config.decoder.max_seq_len:
+        raise ValueError(
+            f"the prompt has {max(lengths)} tokens, the model reads "
+            f"{model.config.decoder.max_seq_len}: shorten it"
+        )
+    cache = KVCache(model, len(last), longest)
+    pictures, _ = model.encode_images(batch.images, batch.image_index)
+    seen = model.image_span(batch)
+    hidden = model.decode(
+        batch.tokens, batch.positions, cache.span(slot, positions), seen, pictures, cache
+    )[last.to(device)]  # (B, C)
+    sees = [(int(seen.start[row]), int(seen.end[row])) for row in last.tolist()]
+    live = list(range(len(last)))
+    for _ in range(max_new_tokens):
+        logits = model.logits(hidden)  # (B, V)
+        logits[:, list(forbidden)] = float("-inf")
+        tokens = choose(logits, temperature, top_k, top_p, generator)
+        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+        going = []
+        for row, (document, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
+            yield Step(document, token, logprobs[row], hidden[row])
+            if token not in stop and lengths[document] < longest:
+                going.append(row)
+        live = [live[row] for row in going]
+        if not live:
+            return
+        places = [lengths[document] for document in live]
+        for document in live:
+            lengths[document] += 1
+        start, end = torch.tensor([sees[document] for document in live]).T
+        hidden = model.decode(
+            tokens[going],
+            torch.tensor(places, device=device),
+            cache.span(live, places),
+            Span(
+                start.int().to(device),
+                end.int().to(device),
+                attention_hints(start.numpy(), end.numpy()).to(device),
+            ),
+            None,
+            cache,
+        )
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> Tensor:
+    """logits (B, V) -> tokens (B,): the likeliest, or a draw from the cut-off distribution."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:  # keep the smallest set of tokens whose probabilities reach top_p
+        ordered, index = logits.sort(descending=True)
+        probability = ordered.softmax(-1)
+        drop = probability.cumsum(-1) - probability >= top_p
+        logits = logits.masked_fill(drop.scatter(1, index, drop), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

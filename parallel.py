@@ -1,0 +1,169 @@
+"""Many ranks as one: sharding, the losses over all ranks, one training step.
+
+What is computed never depends on how many ranks compute it (design law: N ranks == 1 rank):
+
+    token loss        sum over all targets of the global batch / their number. The number is
+                      known before the first forward: one all-reduce of two counts a step.
+    contrastive loss  every rank sees the features of all ranks. Its own carry gradients, the
+                      others' are constants; each rank's gradient is then exactly its own share,
+                      and the sum over ranks is the gradient of the whole.
+
+FSDP *averages* gradients over ranks, so each rank's loss is multiplied by their number.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Output, VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them; torchrun sets the environment, alone it is 0 of 1."""
+
+    rank: int
+    size: int
+    local: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def start_ranks(device: str) -> Ranks:
+    """Join the process group if torchrun started us."""
+    ranks = Ranks(*(int(os.environ.get(k, d)) for k, d in
+                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    if ranks.size > 1:
+        if device == "cuda":
+            torch.cuda.set_device(ranks.local)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return ranks
+
+
+def stop_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """FSDP2 in place: one group per block, the rest in the root; fp32 masters and reductions."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in (*model.vision.blocks, *model.cross_blocks.values(), *model.blocks):
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+# ------------------------------------------------------------------------------ contrastive loss
+
+
+def gather_rows(x: Tensor, counts: list[int]) -> Tensor:
+    """x (n, E) of every rank, end to end: (sum of counts, E). Only our own rows carry gradients."""
+    padded = F.pad(x.detach(), (0, 0, 0, max(counts) - x.shape[0])).contiguous()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    parts = [part[:n] for part, n in zip(parts, counts, strict=True)]
+    parts[dist.get_rank()] = x
+    return torch.cat(parts)
+
+
+def contrastive_loss(out: Output, ret_image: Tensor, n_rets: int) -> tuple[Tensor, Tensor]:
+    """Symmetric InfoNCE over the micro-batches of all ranks (van den Oord 2018; CLIP, section 2.3).
+
+    Every real <ret> chooses among all pictures; every picture some <ret> asks for chooses among
+    all of them. Returns the summed loss (both directions halved) and how many chose right. The
+    one stand-in of a micro-batch without any <ret> gets weight 0, and still runs everywhere.
+    """
+    text, image, scale = out.ret_features, out.image_features, out.logit_scale
+    real = torch.arange(len(text), device=text.device) < n_rets
+    target = ret_image
+    if dist.is_initialized():
+        size = dist.get_world_size()
+        counts = torch.zeros(size, 2, dtype=torch.int64, device=text.device)
+        counts[dist.get_rank()] = torch.tensor([len(text), len(image)], device=text.device)
+        n_text, n_image = all_sum(counts).T.tolist()
+        target = target + sum(n_image[: dist.get_rank()])
+        extra = torch.stack([target, real.long()], 1).double()
+        target, real = gather_rows(extra, n_text).long().T
+        text, image = gather_rows(text, n_text), gather_rows(image, n_image)
+        scale = scale / size + scale.detach() * (1 - 1 / size)  # every rank holds all of the loss
+    logits = scale * text @ image.T  # (R, I)
+    real = real.float()
+    by_text = F.cross_entropy(logits, target, reduction="none")
+    columns = logits[:, target].T  # (R, R): row r is the picture asked for by r, over all <ret>s
+    columns = columns.masked_fill(real[None] == 0, float("-inf")).where(real[:, None] > 0, 0.0)
+    by_image = F.cross_entropy(columns, torch.arange(len(text), device=text.device),
+                               reduction="none")
+    right = ((logits.argmax(1) == target) * real).sum()
+    return ((by_text + by_image) * real).sum() / 2, right
+
+
+# ------------------------------------------------------------------------------ one training step
+
+
+@dataclass
+class StepResult:
+    """Means over the global batch: what the log shows."""
+
+    loss: float
+    contrastive: float
+    contrastive_right: float
+    grad_norm: float
+    n_tokens: int
+    n_samples: int
+    n_targets: int
+
+
+def losses(model: nn.Module, batches: list, contrastive_weight: float, backward: bool):
+    """Forward (and backward) of this rank's micro-batches of one step.
+
+    Returns (token loss, contrastive loss, share of <ret>s that chose right), global means.
+    """
+    device = batches[0].tokens.device
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    counts = all_sum(torch.tensor([[len(b.target_rows), b.n_rets, len(b.tokens), b.n_samples]
+                                   for b in batches], device=device).sum(0)).tolist()
+    n_targets, n_rets = max(counts[0], 1), max(counts[1], 1)
+    total = torch.zeros(3, device=device)
+    for i, batch in enumerate(batches):
+        if backward and size > 1:
+            model.set_requires_gradient_sync(i == len(batches) - 1)
+        out = model(batch)
+        loss = out.token_loss / n_targets
+        total[0] += loss.detach()
+        if len(out.ret_features) and counts[1]:
+            pulled, right = contrastive_loss(out, batch.ret_image, batch.n_rets)
+            loss = loss + contrastive_weight * pulled / n_rets
+            total[1] += pulled.detach() / n_rets / size
+            total[2] += right / n_rets / size
+        if backward:
+            (loss * size).backward()
+    return all_sum(total).tolist(), counts
+
+
+def train_step(model, optimizer, batches: list, *, contrastive_weight: float,
+               grad_clip: float) -> StepResult:
+    """One optimizer step over all ranks; a step whose gradient is not finite changes nothing."""
+    means, counts = losses(model, batches, contrastive_weight, backward=True)
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], grad_clip)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(*means, norm, counts[2], counts[3], counts[0])

@@ -1,0 +1,316 @@
+"""Vision: from a picture file to the tokens that the decoder's words look at.
+
+Read after kernels/. From the picture to the tokens:
+
+    open_image     any file -> an upright RGB picture, or a ValueError that says what is wrong
+    preprocess     resize (shorter side, bicubic) and crop -> uint8 (3, h, w)
+    VisionTransformer  CLIP's ViT (Radford et al. 2021; Dosovitskiy et al. 2021)
+                   uint8 (I, 3, h, w) -> patch tokens (I * P, C) and one pooled feature a picture
+    PerceiverResampler  Flamingo's (Alayrac et al. 2022, section 3.1.1): P tokens -> fewer latents
+
+Pictures stay uint8 until they are on the device; normalising is the model's first step. All
+pictures of a batch lie end to end in one stream of tokens, I * P of them, and interval attention
+keeps them apart: there is no batch axis inside the transformer.
+
+What differs from CLIP's own code: q, k and v are separate matrices, the patch convolution is
+written as the matrix product it is, and the patch tokens leave *before* the last LayerNorm, which
+belongs to the pooled feature alone (as Flamingo and LLaVA use them).
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from kernels import interval_attention, layer_norm, uniform_hints
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A ViT of the CLIP family; the defaults are CLIP ViT-L/14 at 224 px."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    dim: int = 1024
+    n_layers: int = 24
+    n_heads: int = 16
+    head_dim: int = 64
+    hidden_dim: int = 4096
+    norm_eps: float = 1e-5
+    activation: str = "quick_gelu"  # or "gelu": a property of the weights, see weights.py
+    embed_dim: int = 768  # width of the pooled, projected feature
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r}: choose one of {list(ACTIVATIONS)}")
+
+    @property
+    def n_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """A Perceiver resampler; n_latents tokens come out, whatever number of patches goes in."""
+
+    n_latents: int = 64
+    n_layers: int = 6
+    n_heads: int = 16
+    head_dim: int = 64
+    hidden_dim: int = 4096
+    norm_eps: float = 1e-5
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """Read a picture from a path or from bytes: upright, RGB, transparency on white.
+
+    Raises ValueError with one line that says what is wrong: missing, not a picture, cut off, or
+    too large (Pillow's limit against decompression bombs stays in force).
+    """
+    name = "picture" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise ValueError(f"{name}: no such file; give the path of a picture") from None
+    except IsADirectoryError:
+        raise ValueError(f"{name}: is a folder; give the path of a picture") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: not a picture that can be read (JPEG, PNG, WebP...)") from None
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
+        raise ValueError(f"{name}: more than {limit} million pixels; make it smaller") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name}: damaged or cut-off picture ({error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB. Transparent parts turn white; 16-bit grey is scaled down, not clipped."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, size: int) -> Tensor:
+    """RGB picture -> uint8 (3, size, size): shorter side bicubic to `size`, centre crop.
+
+    The integer rules are CLIP's own: the longer side is truncated, the crop's offset rounded half
+    to even. https://github.com/openai/CLIP, clip.py
+    """
+    width, height = image.size
+    if (width, height) != (size, size):
+        short = min(width, height)
+        width, height = int(size * width / short), int(size * height / short)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, h, w)
+
+
+def normalise(images: Tensor, mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
+    """uint8 (I, 3, h, w) -> (x / 255 - mean) / std in `dtype`, on the images' own device."""
+    mean = torch.tensor(mean, device=images.device)[:, None, None]
+    std = torch.tensor(std, device=images.device)[:, None, None]
+    return ((images.float() / 255 - mean) / std).to(dtype)
+
+
+# ----------------------------------------------------------------------------------- leaf modules
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class PatchEmbed(nn.Module):
+    """Cut pictures into patches and project each: CLIP's stride-p convolution as one matmul."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.weight = nn.Parameter(torch.empty(config.dim, 3, config.patch_size, config.patch_size))
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        I, _, height, width = images.shape
+        p = self.patch_size
+        x = images.view(I, 3, height // p, p, width // p, p)
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(I, -1, 3 * p * p)  # (I, P, 3pp), row by row
+        return F.linear(x, self.weight.flatten(1))  # (I, P, C)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        inner = config.n_heads * config.head_dim
+        self.n_heads = config.n_heads
+        self.q_proj = nn.Linear(config.dim, inner)
+        self.k_proj = nn.Linear(config.dim, inner)
+        self.v_proj = nn.Linear(config.dim, inner)
+        self.o_proj = nn.Linear(inner, config.dim)
+
+    def forward(self, x: Tensor, n_images: int) -> Tensor:
+        """x (I * P, C): every token attends to all tokens of its own picture."""
+        heads = (x.shape[0], self.n_heads, -1)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        o = attend_within(q, k, v, n_images)  # (I * P, H, D)
+        return self.o_proj(o.flatten(1))
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+    """Interval attention of n equal spans end to end: q (n * m, H, D), k and v (n * s, H, D)."""
+    m, s = q.shape[0] // n, k.shape[0] // n
+    start = torch.arange(n, device=q.device, dtype=torch.int32).repeat_interleave(m) * s
+    return interval_attention(q, k, v, start, start + s, hints=uniform_hints(n, m, s))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.attn_norm = LayerNorm(config.dim, config.norm_eps)
+        self.attn = VisionAttention(config)
+        self.mlp_norm = LayerNorm(config.dim, config.norm_eps)
+        self.mlp = VisionMLP(config.dim, config.hidden_dim, config.activation)
+
+    def forward(self, x: Tensor, n_images: int) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), n_images)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ---------------------------------------------------------------------------------- the two wholes
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.class_embed = nn.Parameter(torch.randn(config.dim) * config.dim**-0.5)
+        self.pos_embed = nn.Parameter(position_table(config))
+        self.pre_norm = LayerNorm(config.dim, config.norm_eps)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers))
+        self.post_norm = LayerNorm(config.dim, config.norm_eps)
+        self.proj = nn.Linear(config.dim, config.embed_dim, bias=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images uint8 (I, 3, h, w) -> patch tokens (I * P, C) and pooled features (I, E)."""
+        c, I = self.config, images.shape[0]
+        x = normalise(images, c.mean, c.std, self.pos_embed.dtype)
+        x = self.patch_embed(x)  # (I, P, C)
+        x = torch.cat([self.class_embed.expand(I, 1, -1), x], dim=1) + self.pos_embed
+        x = self.pre_norm(x).flatten(0, 1)  # (I * (1 + P), C)
+        for block in self.blocks:
+            x = block(x, I)
+        x = x.view(I, -1, c.dim)
+        pooled = self.proj(self.post_norm(x[:, 0]))  # (I, E): the class token's place
+        return x[:, 1:].reshape(-1, c.dim), pooled
+
+
+def position_table(config: VisionConfig) -> Tensor:
+    """(1 + P, C): the class token's row, then a sine table of row and column to start from.
+
+    Learned from there on, as CLIP's table is; a start that already tells near from far saves a
+    small model the first thousands of pictures.
+    """
+    side = config.image_size // config.patch_size
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    n = config.dim // 4
+    frequency = math.pi / side * 2.0 ** torch.linspace(-1, math.log2(side), n)
+    angles = torch.stack([y, x]).flatten(1)[:, :, None] * frequency  # (2, P, C/4)
+    table = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (2, P, C/2)
+    table = F.pad(table.permute(1, 0, 2).flatten(1), (0, config.dim - 4 * n))  # (P, C)
+    return 0.5 * torch.cat([torch.zeros(1, config.dim), table])
+
+
+class ResamplerBlock(nn.Module):
+    """Latents attend to a picture's patches *and* to themselves, then through a feed-forward."""
+
+    def __init__(self, config: ResamplerConfig, dim: int):
+        super().__init__()
+        inner = config.n_heads * config.head_dim
+        self.n_heads = config.n_heads
+        self.context_norm = LayerNorm(dim, config.norm_eps)
+        self.latents_norm = LayerNorm(dim, config.norm_eps)
+        self.q_proj = nn.Linear(dim, inner, bias=False)
+        self.k_proj = nn.Linear(dim, inner, bias=False)
+        self.v_proj = nn.Linear(dim, inner, bias=False)
+        self.o_proj = nn.Linear(inner, dim, bias=False)
+        self.mlp_norm = LayerNorm(dim, config.norm_eps)
+        self.mlp = VisionMLP(dim, config.hidden_dim, "gelu")
+
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
+        """latents (I, L, C), context (I, P, C) -> latents (I, L, C)."""
+        I, L, _ = latents.shape
+        normed = self.latents_norm(latents)
+        keys = torch.cat([self.context_norm(context), normed], dim=1).flatten(0, 1)  # (I*(P+L), C)
+        q = self.q_proj(normed.flatten(0, 1)).view(I * L, self.n_heads, -1)
+        k = self.k_proj(keys).view(len(keys), self.n_heads, -1)
+        v = self.v_proj(keys).view(len(keys), self.n_heads, -1)
+        o = attend_within(q, k, v, I)  # (I * L, H, D)
+        latents = latents + self.o_proj(o.flatten(1)).view_as(latents)
+        return latents + self.mlp(self.mlp_norm(latents))
+
+
+class PerceiverResampler(nn.Module):
+    def __init__(self, config: ResamplerConfig, dim: int):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(config.n_latents, dim) * dim**-0.5)
+        self.blocks = nn.ModuleList(ResamplerBlock(config, dim) for _ in range(config.n_layers))
+        self.norm = LayerNorm(dim, config.norm_eps)
+
+    def forward(self, tokens: Tensor, n_images: int) -> Tensor:
+        """Patch tokens (I * P, C) -> latent tokens (I * L, C)."""
+        context = tokens.view(n_images, -1, tokens.shape[-1])  # (I, P, C)
+        latents = self.latents.expand(n_images, -1, -1)
+        for block in self.blocks:
+            latents = block(latents, context)
+        return self.norm(latents).flatten(0, 1)
