@@ -6,8 +6,10 @@ paper prescribes is our own choice.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 import types
 import typing
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model import DecoderConfig, ModelConfig
-from vision import CLIP_MEAN, CLIP_STD, ResamplerConfig, VisionConfig
+from vision import VisionConfig
 
 
 def option(default, help: str, choices: tuple = ()):
@@ -48,6 +50,7 @@ class TrainConfig:
     adam_eps: float = option(1e-8, "AdamW's")
     grad_clip: float = option(1.0, "largest gradient norm")
     contrastive_weight: float = option(0.5, "weight of the contrastive loss beside the tokens'")
+    vocab_size: int = option(1000, "most pieces of a tokenizer that is trained from nothing")
     seed: int = option(0, "fixes weights, order and drawn scenes")
 
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
@@ -80,10 +83,10 @@ class TrainConfig:
 TINY = ModelConfig(
     vision=VisionConfig(
         image_size=64, patch_size=8, dim=128, n_layers=4, n_heads=4, head_dim=32, hidden_dim=512,
-        activation="gelu", embed_dim=128, mean=CLIP_MEAN, std=CLIP_STD,
+        activation="gelu", embed_dim=128,
     ),
     decoder=DecoderConfig(
-        vocab_size=512, dim=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, hidden_dim=384,
+        vocab_size=501, dim=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, hidden_dim=384,
         max_seq_len=1024, cross_attn_every=2, cross_attn_mlp=True, visible_images="all",
         max_images=8,
     ),
@@ -99,12 +102,21 @@ PRESETS: dict[str, dict] = {
 # --------------------------------------------------------------------------------- command line
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the user's: shown as its one line, exit code 2, no traceback."""
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+@contextlib.contextmanager
+def input_errors():
+    """Within it, a ValueError is about the user's input: it becomes a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,16 +131,41 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: typing.Callable[[], None]) -> None:
-    """Call a script's main; a UserError or ValueError of the input checks ends it with one line."""
+    """Call a script's main; a UserError ends it with its one line and exit code 2."""
     try:
         main()
     except UserError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
+        if os.environ.get("RANK", "0") == "0":  # under torchrun one rank speaks for all
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
         raise SystemExit(2) from None
 
 
-def parse(argv: list[str]) -> tuple[TrainConfig, set[str]]:
-    """Command line -> config (preset, then flags), and the names of the flags that were given."""
+# What may differ when a run goes on; anything else would make it another run.
+MAY_CHANGE = ("resume", "device", "workers", "eval_every", "eval_questions", "checkpoint_every",
+              "keep")
+
+
+def resumed(given: dict) -> TrainConfig:
+    """The config of the run that --resume names, with the flags that may change."""
+    folder = Path(given["resume"])
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--resume {folder}: is no run folder (it has no config.json); "
+                        f"give one that train.py wrote, such as out/tiny")
+    try:
+        before = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    for name, value in given.items():
+        value = list(value) if isinstance(value, tuple) else value
+        if name not in MAY_CHANGE and value != before.get(name):
+            raise UserError(f"{flag(name)} is {value} here, but {before.get(name)} in {folder}: a "
+                            f"resumed run keeps it; leave the flag out, or start a new run")
+    kept = {name: given[name] for name in MAY_CHANGE if name in given}
+    return from_dict(TrainConfig, before | kept)
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """Command line -> config: preset, then flags; or a resumed run's. Wrong flags exit with 2."""
     parser = Parser(prog="train.py", description="Train a vision-language model.")
     types_of = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
@@ -141,6 +178,8 @@ def parse(argv: list[str]) -> tuple[TrainConfig, set[str]]:
         )
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if given.get("resume"):
+        return resumed(given)
     preset = given.get("preset", "tiny")
     if preset not in PRESETS:
         parser.error(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -148,7 +187,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, set[str]]:
     if given.get("data"):
         fields |= PAIRS
     try:
-        return TrainConfig(**(fields | given)), set(given)
+        return TrainConfig(**(fields | given))
     except ValueError as error:
         parser.error(str(error))
 
@@ -168,7 +207,7 @@ def to_json(config) -> str:
 
 
 def from_dict(kind: type, values: dict):
-    """The inverse of dataclasses.asdict for our configs; unknown or missing keys are a UserError."""
+    """The inverse of dataclasses.asdict for our configs; a wrong key is a UserError."""
     hints, kwargs = typing.get_type_hints(kind), {}
     unknown = set(values) - set(hints)
     if unknown:
@@ -185,5 +224,3 @@ def from_dict(kind: type, values: dict):
     except (TypeError, ValueError) as error:
         raise UserError(f"not a valid {kind.__name__}: {error}") from None
 
-
-__all__ = ["PRESETS", "ResamplerConfig", "TrainConfig", "UserError", "from_dict", "parse", "run"]

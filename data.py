@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 import world
 from formats import Document, Image, Ret, Text, caption_documents
 from kernels import IGNORE, AttentionHints, attention_hints
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, answer_pieces, question_pieces
 from vision import open_image, preprocess
 
 # ------------------------------------------------------------------------------- one document
@@ -74,7 +74,7 @@ def encode(document: Document, tokenizer: Tokenizer, end: bool = True) -> Encode
     return out
 
 
-def chat_document(turns: list[tuple[object, str, object]], tokenizer: Tokenizer) -> Document:
+def chat_document(turns: list[tuple[list, str, str | Ret | None]]) -> Document:
     """Turns of (pictures shown, question, answer) -> a document in the chat template.
 
     An answer is words, a Ret (the model answers with that picture, which then stands in the text
@@ -83,14 +83,12 @@ def chat_document(turns: list[tuple[object, str, object]], tokenizer: Tokenizer)
     document: Document = []
     for pictures, question, answer in turns:
         document += [Image(picture) for picture in pictures]
-        document += [Text(piece.text, piece.learn, piece.special) for piece in
-                     tokenizer.question_pieces(question)]
+        document += [Text(*piece) for piece in question_pieces(question)]
         if isinstance(answer, Ret):
             document += [replace(answer, learn=True), Image(answer.reference)]
             answer = ""
         if answer is not None:
-            document += [Text(piece.text, piece.learn, piece.special) for piece in
-                         tokenizer.answer_pieces(answer)]
+            document += [Text(*piece) for piece in answer_pieces(answer)]
     return document
 
 
@@ -222,7 +220,7 @@ def collate(
 def pixels(reference: object, size: int) -> Tensor:
     """A picture's reference -> uint8 (3, size, size)."""
     if isinstance(reference, np.ndarray):
-        return torch.from_numpy(reference).permute(2, 0, 1)
+        return torch.tensor(reference).permute(2, 0, 1)
     return preprocess(reference if hasattr(reference, "mode") else open_image(reference), size)
 
 
@@ -237,9 +235,9 @@ class DrawnWorld:
     that is answered with a picture.
     """
 
-    def __init__(self, stage: str, tokenizer: Tokenizer, size: int, seed: int, split="train"):
+    def __init__(self, stage: str, size: int, seed: int, split: str = "train"):
         self.make = {"pretrain": self.pretrain, "instruct": self.instruct}[stage]
-        self.tokenizer, self.size, self.split = tokenizer, size, split
+        self.size, self.split = size, split
         self.seed = seed * 2**40 + (0 if stage == "pretrain" else 2**39)
 
     def __getitem__(self, index: int) -> list[Document]:
@@ -260,33 +258,32 @@ class DrawnWorld:
         scene = world.make_scene(seed, self.split)
         picture, kind = self.picture(scene), rng.random()
         if kind < 0.15:  # two pictures, interleaved
-            other = world.edited(scene, rng) if rng.random() < 0.7 else world.make_scene(
-                seed + 2**38, self.split)
-            question = world.compare(scene, other, rng)
-            turns = [([picture, self.picture(other)], question.question, question.answer)]
-            turns += [([], q.question, q.answer) for q in
-                      (world.compare(scene, other, rng) for _ in range(3))]
-            return [chat_document(turns, self.tokenizer)]
+            near = rng.random() < 0.7
+            other = world.edited(scene, rng) if near else world.make_scene(-seed, self.split)
+            asked = [world.compare(scene, other, rng) for _ in range(4)]
+            turns = [([], q.question, q.answer) for q in asked]
+            turns[0] = ([picture, self.picture(other)], *turns[0][1:])
+            return [chat_document(turns)]
         turns = [([], q.question, q.answer) for q in world.questions(scene, rng, 8)]
         if kind < 0.4:  # answered with a picture, which is then talked about
             turns.insert(0, ([], world.request(scene, rng), Ret(picture)))
         else:
             turns[0] = ([picture], *turns[0][1:])
-        return [chat_document(turns, self.tokenizer)]
+        return [chat_document(turns)]
 
 
 class Pairs:
     """A folder of `name.jpg` + `name.txt`, endlessly, each epoch in an order of its own."""
 
-    def __init__(self, pairs: list[tuple], tokenizer: Tokenizer, seed: int):
-        self.pairs, self.tokenizer, self.seed = pairs, tokenizer, seed
+    def __init__(self, pairs: list[tuple], seed: int):
+        self.pairs, self.seed = pairs, seed
 
     def __getitem__(self, index: int) -> list[Document]:
         epoch, place = divmod(index, len(self.pairs))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
         path, caption = self.pairs[order[place]]
         picture = open_image(path)
-        question = chat_document([([picture], "What is in the picture?", caption)], self.tokenizer)
+        question = chat_document([([picture], "What is in the picture?", caption)])
         return [*caption_documents(picture, caption), question]
 
 

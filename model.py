@@ -364,15 +364,6 @@ class VisionLanguageModel(nn.Module):
         """(T, C) -> (T, V + n_special) in fp32."""
         return F.linear(hidden, self.output_table()).float()
 
-    def gates(self) -> dict[str, float]:
-        """tanh of every gate: how far each gated block has opened."""
-        return {
-            f"{layer}.{name}": float(getattr(block, name).detach().tanh())
-            for layer, block in self.cross_blocks.items()
-            for name in ("attn_gate", "mlp_gate")
-            if hasattr(block, name)
-        }
-
 
 def linear(n_in: int, n_out: int, std_scale: float = 1.0) -> nn.Linear:
     """A matrix without bias whose outputs start with the variance of its inputs (or less)."""

@@ -36,19 +36,29 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if dist.is_initialized():
+            dist.barrier()
 
-def start_ranks(device: str) -> Ranks:
-    """Join the process group if torchrun started us."""
-    ranks = Ranks(*(int(os.environ.get(k, d)) for k, d in
-                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+
+def this_rank() -> Ranks:
+    keys = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    return Ranks(*(int(os.environ.get(key, default)) for key, default in keys))
+
+
+def start_group(ranks: Ranks, device: torch.device) -> None:
+    """Join the other ranks; a lone process makes a group of its own."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if ranks.size > 1:
-        if device == "cuda":
-            torch.cuda.set_device(ranks.local)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return ranks
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def stop_ranks() -> None:
+def stop_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -161,7 +171,7 @@ def train_step(model, optimizer, batches: list, *, contrastive_weight: float,
                grad_clip: float) -> StepResult:
     """One optimizer step over all ranks; a step whose gradient is not finite changes nothing."""
     means, counts = losses(model, batches, contrastive_weight, backward=True)
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], grad_clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if math.isfinite(norm):
         optimizer.step()

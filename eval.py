@@ -1,0 +1,178 @@
+"""Evaluation: ask a model questions whose answers are known.
+
+    python eval.py drawn --model assets/tiny          # the drawn world's exam, 300 of each kind
+    python eval.py drawn --model out/tiny/model --questions 60 --json
+
+Every question is asked twice, the second time with a blank picture: what a model still gets right
+then it has from the wording of the questions, not from looking.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import world
+from config import Parser, run
+from data import Batch, chat_document, collate, encode
+from formats import Ret
+from model import VisionLanguageModel, generate
+from scores import is_right
+from tokenizer import Tokenizer
+from weights import load_model
+
+GALLERY = 50  # pictures among which a <ret> has to find the right one
+BATCH = 64  # questions answered side by side
+KINDS = (*world.KINDS_OF_QUESTION,)
+NAMES = {"what": "what", "colour": "colour", "yes/no": "yes/no", "how many": "how many",
+         "where": "where", "box": "box, IoU ≥ 0.5", "find": "find in a box",
+         "caption": "whole caption", "compare": "compare two", "ret": f"<ret>, first of {GALLERY}"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with the model's answer."""
+
+    kind: str
+    question: str
+    gold: str
+    answer: str
+    right: bool
+
+
+def make_batch(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list) -> Batch:
+    """Documents that the model is to go on with -> a batch, one sample each."""
+    config = model.config
+    batch = collate(
+        [[encode(document, tokenizer, end=False)] for document in documents],
+        image_id=tokenizer.image_id,
+        visible_images=config.decoder.visible_images,
+        image_size=config.vision.image_size,
+        tokens_per_image=config.tokens_per_image,
+    )
+    return batch.to(model.embed.device)
+
+
+def answers(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list,
+            max_new_tokens: int = 96) -> list[str]:
+    """The greedy continuation of every document, BATCH of them at a time."""
+    out: list[str] = []
+    for first in range(0, len(documents), BATCH):
+        batch = make_batch(model, tokenizer, documents[first : first + BATCH])
+        ids: list[list[int]] = [[] for _ in documents[first : first + BATCH]]
+        stop = (tokenizer.end_id, tokenizer.eos_id)
+        for step in generate(model, batch, max_new_tokens=max_new_tokens, stop=stop,
+                             forbidden=(tokenizer.image_id, tokenizer.ret_id)):
+            if step.token not in stop:
+                ids[step.document].append(step.token)
+        out += [tokenizer.decode(tokens).strip() for tokens in ids]
+    return out
+
+
+def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: int, *,
+              seed: int = 0, split: str = "test", blank: bool = False) -> list[Asked]:
+    """Ask n questions of one kind about unseen scenes, with their pictures or with blank ones."""
+    questions, size = world.exam(kind, n, seed, split), model.config.vision.image_size
+
+    def picture(scene: world.Scene) -> np.ndarray:
+        return np.full((size, size, 3), 127, np.uint8) if blank else np.asarray(
+            world.draw(scene, size))
+
+    if kind == "ret":
+        right = find_pictures(model, tokenizer, [q.question for q in questions],
+                              [picture(q.scenes[0]) for q in questions])
+        return [Asked(kind, q.question, "", "", bool(r))
+                for q, r in zip(questions, right, strict=True)]
+    documents = [chat_document([([picture(s) for s in q.scenes], q.question, None)])
+                 for q in questions]
+    asked = []
+    for q, answer in zip(questions, answers(model, tokenizer, documents), strict=True):
+        right = (world.facts(answer) == world.facts(q.answer) if kind == "caption"
+                 else is_right(kind, answer, q.answer))
+        asked.append(Asked(kind, q.question, q.answer, answer, right))
+    return asked
+
+
+@torch.inference_mode()
+def find_pictures(model: VisionLanguageModel, tokenizer: Tokenizer, requests: list[str],
+                  pictures: list[np.ndarray]) -> torch.Tensor:
+    """For each request, whether its <ret> comes closest to its own picture of a gallery.
+
+    The gallery of request i are pictures i, i + 1, ... i + GALLERY - 1, around the end. A tie is
+    not a find.
+    """
+    texts, images = [], []
+    for first in range(0, len(requests), BATCH):
+        documents = [chat_document([([], request, Ret(picture))]) for request, picture in
+                     zip(requests[first : first + BATCH], pictures[first : first + BATCH],
+                         strict=True)]
+        out = model(make_batch(model, tokenizer, documents))
+        texts.append(out.ret_features)
+        images.append(out.image_features)
+    similarity = (torch.cat(texts) @ torch.cat(images).T).cpu()
+    n = len(requests)
+    others = (torch.arange(n)[:, None] + torch.arange(1, min(GALLERY, n))) % n
+    return similarity.diag() > similarity.gather(1, others).max(1).values
+
+
+def drawn_exam(model, tokenizer, n: int, *, kinds=KINDS, seed: int = 0, baseline: bool = True,
+               new: bool = True) -> dict[str, dict[str, float]]:
+    """Accuracy by kind: {"test": {...}, "blank": {...}, "new": {...}}, each 0..1."""
+    def accuracy(**how):
+        return {kind: sum(a.right for a in ask_drawn(model, tokenizer, kind, n, seed=seed, **how))
+                / n for kind in kinds}
+
+    report = {"test": accuracy()}
+    if baseline:
+        report["blank"] = accuracy(blank=True)
+    if new:
+        report["new"] = accuracy(split="new")
+    return report
+
+
+def main_accuracy(scores: dict[str, float]) -> float:
+    """The mean over the five kinds that the project's goals are stated in."""
+    return sum(scores[kind] for kind in world.MAIN_KINDS) / len(world.MAIN_KINDS)
+
+
+def table(report: dict[str, dict[str, float]]) -> str:
+    """The report as a Markdown table, in percent."""
+    columns = {"test": "unseen scenes", "blank": "blank picture", "new": "new combinations"}
+    shown = [c for c in columns if c in report]
+    lines = ["| question | " + " | ".join(columns[c] for c in shown) + " |",
+             "| --- |" + " ---: |" * len(shown)]
+    for kind in report["test"]:
+        cells = " | ".join(f"{100 * report[c][kind]:.1f}" for c in shown)
+        lines.append(f"| {NAMES[kind]} | {cells} |")
+    if set(world.MAIN_KINDS) <= set(report["test"]):
+        cells = " | ".join(f"**{100 * main_accuracy(report[c]):.1f}**" for c in shown)
+        lines.append(f"| **mean of the first five** | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = Parser(prog="eval.py", description="Score a model on a benchmark.")
+    parser.add_argument("benchmark", choices=["drawn"], help="drawn: the drawn world's exam")
+    parser.add_argument("--model", default="assets/tiny", help="model folder")
+    parser.add_argument("--questions", type=int, default=300, help="questions of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="which exam")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    args = parser.parse_args()
+    if args.questions < 1:
+        parser.error(f"--questions must be at least 1, got {args.questions}")
+    model, tokenizer = load_model(args.model)
+    began = time.time()
+    report = drawn_exam(model, tokenizer, args.questions, seed=args.seed)
+    if args.json:
+        print(json.dumps({"benchmark": "drawn", "model": args.model, "n": args.questions,
+                          "seed": args.seed, **report}))
+    else:
+        print(table(report))
+        sys.stderr.write(f"{args.questions} questions of each kind, {time.time() - began:.0f} s\n")
+
+
+if __name__ == "__main__":
+    run(main)
