@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from torch import Tensor
 
 import eval
 import world
+from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from config import PRESETS, TrainConfig, UserError, input_errors, parse, run, to_json
 from data import Batch, DrawnWorld, Pairs, loader, sample_numbers
 from formats import find_pairs

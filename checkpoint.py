@@ -1,0 +1,77 @@
+"""Checkpoints of a run: saved whole, found again, restored on any number of ranks.
+
+    out/tiny/checkpoints/step_00001000/
+        *.distcp, .metadata    parameters and optimizer state (torch.distributed.checkpoint)
+        state.json             where the run stood; written last, so it marks a whole checkpoint
+
+Every rank writes its own shards and reads whichever pieces its new share needs: a run that stopped
+on two ranks goes on with one, or four. The state of the data is a single integer, the step, since
+the order of the samples depends on nothing else (data.sample_numbers).
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+MARKER = "state.json"
+
+
+def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict,
+                    keep: int) -> None:
+    """Write run/checkpoints/step_<step>; then delete all but the newest `keep` whole ones.
+
+    `state` is any JSON object. All ranks call this together.
+    """
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)  # a cut-off one of the same step
+    wait()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder,
+             no_dist=not dist.is_initialized())
+    if is_first():
+        unfinished = folder / f"{MARKER}.part"
+        with open(unfinished, "w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(folder / MARKER)
+        for old in whole_checkpoints(run)[:-keep]:
+            (old / MARKER).unlink()  # first, so that a half-deleted one is not taken for whole
+            shutil.rmtree(old)
+    wait()
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Restore both in place. The optimizer must hold the same parameters as when it was saved."""
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
+             no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """All finished checkpoints of a run folder, oldest first."""
+    return sorted(folder for folder in (run / "checkpoints").glob("step_*")
+                  if re.fullmatch(r"step_\d{8,}", folder.name) and (folder / MARKER).is_file())
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    return next(reversed(whole_checkpoints(run)), None)
+
+
+def is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()

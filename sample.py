@@ -1,0 +1,96 @@
+"""Ask a model about a picture.
+
+    python sample.py --image cat.jpg --prompt "What is in the picture?"
+    python sample.py --image a.jpg --image b.jpg --prompt "Which picture has more cats?"
+    python sample.py --model out/tiny/model --image cat.jpg        # without a prompt: a caption
+
+The answer appears word by word as it is made.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from config import Parser, UserError, input_errors, run
+from data import chat_document
+from eval import make_batch
+from formats import Image
+from model import generate
+from tokenizer import StreamDecoder
+from vision import open_image
+from weights import load_model
+
+BUILT_IN = Path(__file__).parent / "assets" / "tiny"
+
+
+def arguments():
+    parser = Parser(prog="sample.py", description="Ask a model about a picture.")
+    add = parser.add_argument
+    add("--image", action="append", default=[], help="a picture; several are shown in order")
+    add("--prompt", help="the question; without it the model captions the picture")
+    add("--model", default="", help="model folder (default: the small one that ships here)")
+    add("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to compute")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest word")
+    add("--top-k", type=int, default=0, help="draw among the k likeliest only (0: all)")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest that make up this much")
+    add("--seed", type=int, default=0, help="fixes the draws")
+    add("--max-new-tokens", type=int, default=128, help="longest answer")
+    add("--json", action="store_true", help="print one JSON object instead of words")
+    args = parser.parse_args()
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("--prompt is empty: ask something, or leave it out for a caption")
+    if not args.image and args.prompt is None:
+        parser.error("nothing to do: give --image FILE, --prompt TEXT or both")
+    if args.temperature < 0:
+        parser.error(f"--temperature must be 0 or more, got {args.temperature}")
+    if args.top_k < 0 or not 0 < args.top_p <= 1:
+        parser.error("--top-k must be 0 or more, and --top-p above 0 and at most 1")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    with input_errors():
+        pictures = [open_image(path) for path in args.image]
+    if not args.model:
+        sys.stderr.write("This small built-in model knows drawn scenes only; "
+                         "for photographs give --model FOLDER.\n")
+    model, tokenizer = load_model(args.model or BUILT_IN, args.device)
+    most = model.config.decoder.max_images
+    if most and len(pictures) > most:
+        raise UserError(f"{len(pictures)} pictures, but this model tells at most {most} apart")
+    document = ([Image(picture) for picture in pictures] if args.prompt is None
+                else chat_document([(pictures, args.prompt, None)]))
+    began, stream, words, ids = time.perf_counter(), StreamDecoder(tokenizer), "", []
+    with input_errors():
+        for step in generate(
+            model, make_batch(model, tokenizer, [document]), max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+            stop=(tokenizer.end_id, tokenizer.eos_id),
+            forbidden=(tokenizer.image_id, tokenizer.ret_id),
+        ):
+            ids.append(step.token)
+            if step.token in (tokenizer.end_id, tokenizer.eos_id):
+                break
+            new = stream.push(step.token)
+            words += new
+            if not args.json:
+                print(printable(new), end="", flush=True)
+    rest = stream.flush()
+    if args.json:
+        print(json.dumps({"prompt": args.prompt, "images": args.image, "answer": words + rest,
+                          "tokens": ids, "seconds": time.perf_counter() - began}))
+    else:
+        print(printable(rest))
+
+
+def printable(text: str) -> str:
+    """Text without control characters: an answer must not steer the terminal."""
+    return "".join(c for c in text if c == "\n" or c.isprintable())
+
+
+if __name__ == "__main__":
+    run(main)
