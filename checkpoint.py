@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 
 MARKER = "state.json"
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict,

@@ -31,7 +31,8 @@ class TrainConfig:
     init: str = option("", "model folder to start from ('none': from nothing); with --data "
                            "assets/tiny unless said otherwise, else nothing")
     out: str = option("", "run folder to write (default: out/PRESET, with --data out/FOLDER)")
-    resume: str = option("", "run folder to go on with, exactly where it stopped")
+    resume: str = option("", "run folder to go on with, exactly where it stopped; 'auto': the one "
+                             "that these flags would write, if it exists")
 
     stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order")
     steps: tuple[int, ...] = option((1000, 1000), "optimizer steps of each stage")
@@ -44,6 +45,7 @@ class TrainConfig:
 
     batch_size: int = option(64, "samples of one optimizer step, over all ranks together")
     grad_accum_steps: int = option(1, "micro-batches in which each rank works through a step")
+    gate_lr_scale: float = option(1.0, "gates learn at this multiple of the learning rate")
     weight_decay: float = option(0.1, "AdamW's, on matrices only")
     beta1: float = option(0.9, "AdamW's")
     beta2: float = option(0.95, "AdamW's")
@@ -76,6 +78,11 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
 
+    @property
+    def run_folder(self) -> Path:
+        name = Path(self.data).resolve().name if self.data else self.preset
+        return Path(self.out or f"out/{name}")
+
     def stage_steps(self, stage: int) -> int:
         return min(self.steps[stage], self.max_steps or self.steps[stage])
 
@@ -95,7 +102,7 @@ TINY = ModelConfig(
 
 PRESETS: dict[str, dict] = {
     # model: a ModelConfig; the rest: fields of TrainConfig
-    "tiny": dict(model=TINY),
+    "tiny": dict(model=TINY, gate_lr_scale=20.0),
 }
 
 
@@ -130,7 +137,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def run(main: typing.Callable[[], None]) -> None:
+def run_main(main: typing.Callable[[], None]) -> None:
     """Call a script's main; a UserError ends it with its one line and exit code 2."""
     try:
         main()
@@ -178,8 +185,9 @@ def parse(argv: list[str]) -> TrainConfig:
         )
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    if given.get("resume"):
+    if given.get("resume", "auto") != "auto":
         return resumed(given)
+    automatic = given.pop("resume", None)
     preset = given.get("preset", "tiny")
     if preset not in PRESETS:
         parser.error(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -187,9 +195,12 @@ def parse(argv: list[str]) -> TrainConfig:
     if given.get("data"):
         fields |= PAIRS
     try:
-        return TrainConfig(**(fields | given))
+        config = TrainConfig(**(fields | given))
     except ValueError as error:
         parser.error(str(error))
+    if automatic and (config.run_folder / "config.json").is_file():
+        return resumed(given | {"resume": str(config.run_folder)})
+    return config
 
 
 # A user's own folder of captioned pictures: one stage, everything trained, few steps.

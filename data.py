@@ -13,12 +13,14 @@ Read after model.py. The way of a sample:
     text_start    0    0    0   0   0    0    6   6   6    6   6    6    12  12
     image_start   0    0    0   0   0    0    1   1   1    1   1    1    1   1
     image_end     0    1    1   1   1    1    1   1   1    1   1    1    1   2
+    images: the red cat and what comes next; shown: [0, 1, ...], the <ret>'s picture is row 0
 
 Labels come from the segments while they are tokenized; nothing is searched for afterwards. Here,
 and only here, is decided which pictures a word sees (`visible_interval`).
 """
 
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -107,13 +109,15 @@ class Batch:
     image_start: Tensor
     image_end: Tensor
     images: Tensor
+    shown: Tensor
     image_index: Tensor
     ret_token: Tensor
     text_hints: AttentionHints
     image_hints: AttentionHints
-    ret_image: Tensor  # (R,) int64, the picture that the <ret> of ret_token asks for
+    ret_image: Tensor  # (R,) int64, the row of `images` that the <ret> of ret_token asks for
     n_rets: int  # how many of the R are real: without any, one stands in for FSDP's sake
     n_samples: int
+    dropped: tuple[str, ...] = ()  # why samples are missing
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device; copies overlap with work if memory is pinned."""
@@ -127,19 +131,19 @@ class Batch:
         return Batch(**moved)
 
 
-def visible_interval(rule: str, n_before: int, first: int) -> tuple[int, int]:
-    """Which pictures [start, end) a word sees that stands behind n_before pictures of its document.
+def visible_interval(rule: str, n_before: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which pictures [start, end) the words of a document see.
 
-    first: the batch-wide number of its document's first picture. A word sees a picture from the
-    picture's own <image> token on.
+    n_before (n,): how many of the document's pictures stand before each word or at it, for a word
+    sees a picture from the picture's own <image> on; first: the batch's number of the first one.
 
-    >>> visible_interval("all", 2, first=5), visible_interval("latest", 2, first=5)
-    ((5, 7), (6, 7))
-    >>> visible_interval("latest", 0, first=5)
-    (5, 5)
+    >>> visible_interval("all", np.array([0, 1, 2]), first=5)
+    (array([5, 5, 5]), array([5, 6, 7]))
+    >>> visible_interval("latest", np.array([0, 1, 2]), first=5)
+    (array([5, 5, 6]), array([5, 6, 7]))
     """
-    start = first + max(n_before - 1, 0) if rule == "latest" else first
-    return start, first + n_before
+    start = np.maximum(n_before - 1, 0) if rule == "latest" else np.zeros_like(n_before)
+    return first + start, first + n_before
 
 
 def collate(
@@ -152,68 +156,57 @@ def collate(
 ) -> Batch:
     """Lay the documents of all samples end to end. Nothing is padded.
 
-    A document that shows the very pictures of the one before it shares them: they are encoded
-    once. A picture that only a <ret> asks for joins the batch unseen. Without any picture one grey
-    one is added that nobody sees, so that every rank runs the same layers.
+    A picture is encoded once however many documents of its sample show it or ask for it. A batch
+    without a picture gets a grey one that nobody sees, one without a sample a token that nobody
+    learns, so that every rank runs the same layers.
     """
-    tokens, targets, positions, text_start, image_start, image_end = ([] for _ in range(6))
-    images, image_index, rets = [], [], []
+    n_samples, samples = len(samples), samples or [[Encoded([0], [False], [], [])]]
+    images, shown, image_index, rets, columns, offset = [], [], [], [], [], 0
     for documents in samples:
-        shown: list[object] = []  # pictures of the document before
-        first, known = len(images), {}  # known: id of a reference -> its number in the batch
+        numbers: dict[int, int] = {}  # id of a reference of this sample -> its row of images
+
+        def number(reference: object, numbers=numbers) -> int:
+            if id(reference) not in numbers:
+                numbers[id(reference)] = len(images)
+                images.append(reference)
+            return numbers[id(reference)]
+
         for document in documents:
-            same = len(shown) == len(document.images) and all(
-                a is b for a, b in zip(shown, document.images, strict=True)
-            )
-            if not (same and shown):
-                shown, first = document.images, len(images)
-                for number, reference in enumerate(shown):
-                    known[id(reference)] = len(images)
-                    images.append(reference)
-                    image_index.append(number)
-            offset, n = len(tokens), len(document.ids)
-            tokens += document.ids
-            targets += [
-                token if learned else IGNORE
-                for token, learned in zip(document.ids[1:], document.learn[1:], strict=True)
-            ] + [IGNORE]
-            positions += range(n)
-            text_start += [offset] * n
-            seen = 0
-            for token in document.ids:
-                seen += token == image_id
-                start, end = visible_interval(visible_images, seen, first)
-                image_start.append(start)
-                image_end.append(end)
-            rets += [(offset + place, reference) for place, reference in document.rets]
-        for i, (place, reference) in enumerate(rets):
-            if not isinstance(reference, int):
-                if id(reference) not in known:
-                    known[id(reference)] = len(images)
-                    images.append(reference)
-                    image_index.append(0)
-                rets[i] = (place, known[id(reference)])
+            ids, learn = np.array(document.ids), np.array(document.learn)
+            n, n_before = len(ids), np.cumsum(ids == image_id)
+            targets = np.full(n, IGNORE)
+            targets[:-1] = np.where(learn[1:], ids[1:], IGNORE)
+            start, end = visible_interval(visible_images, n_before, first=len(shown))
+            columns.append((ids, targets, np.arange(n), np.full(n, offset), start, end))
+            shown += map(number, document.images)
+            image_index += range(len(document.images))
+            rets += [(offset + place, number(reference)) for place, reference in document.rets]
+            offset += n
     if not images:
-        images, image_index = [np.full((image_size, image_size, 3), 127, np.uint8)], [0]
+        images.append(np.full((image_size, image_size, 3), 127, np.uint8))
+    if not shown:
+        shown, image_index = [0], [0]
+    ids, targets, positions, text_start, start, end = map(
+        np.concatenate, zip(*columns, strict=True))
     n_rets, rets = len(rets), rets or [(0, 0)]
-    targets, start, end = (np.array(x) for x in (targets, image_start, image_end))
-    first_token = np.array(text_start)
+    ret_token, ret_image = zip(*rets, strict=True)
     return Batch(
-        tokens=torch.tensor(tokens),
+        tokens=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),
         target_rows=torch.from_numpy(np.flatnonzero(targets != IGNORE)),
-        positions=torch.tensor(positions, dtype=torch.int32),
-        text_start=torch.from_numpy(first_token).int(),
+        positions=torch.from_numpy(positions).int(),
+        text_start=torch.from_numpy(text_start).int(),
         image_start=torch.from_numpy(start).int(),
         image_end=torch.from_numpy(end).int(),
         images=torch.stack([pixels(image, image_size) for image in images]),
+        shown=torch.tensor(shown),
         image_index=torch.tensor(image_index),
-        ret_token=torch.tensor([place for place, _ in rets]),
-        text_hints=attention_hints(first_token, np.arange(len(tokens)) + 1),
+        ret_token=torch.tensor(ret_token),
+        text_hints=attention_hints(text_start, np.arange(offset) + 1),
         image_hints=attention_hints(start * tokens_per_image, end * tokens_per_image),
-        ret_image=torch.tensor([image for _, image in rets]),
+        ret_image=torch.tensor(ret_image),
         n_rets=n_rets,
-        n_samples=len(samples),
+        n_samples=n_samples,
     )
 
 
@@ -252,7 +245,7 @@ class DrawnWorld:
         picture = self.picture(scene)
         caption, search = caption_documents(picture, world.caption(scene, rng))
         grounded, _ = caption_documents(picture, world.grounded_phrase(scene, rng))
-        return [caption, grounded, search]
+        return [caption, search if rng.random() < 0.5 else grounded]
 
     def instruct(self, seed: int, rng: random.Random) -> list[Document]:
         scene = world.make_scene(seed, self.split)
@@ -291,17 +284,20 @@ class Pairs:
 
 
 class Samples(Dataset):
-    """Source and tokenizer behind torch's Dataset; a sample that cannot be read becomes None."""
+    """Source and tokenizer behind torch's Dataset. A sample that cannot be used is its reason."""
 
     def __init__(self, source, tokenizer: Tokenizer, max_seq_len: int):
         self.source, self.tokenizer, self.max_seq_len = source, tokenizer, max_seq_len
 
-    def __getitem__(self, index: int) -> list[Encoded] | None:
+    def __getitem__(self, index: int) -> list[Encoded] | str:
         try:
             documents = [encode(d, self.tokenizer) for d in self.source[index]]
-        except ValueError:  # a picture that cannot be read
-            return None
-        return None if max(len(d.ids) for d in documents) > self.max_seq_len else documents
+        except ValueError as error:  # a picture that cannot be read
+            return str(error)
+        longest = max(len(d.ids) for d in documents)
+        if longest > self.max_seq_len:
+            return f"a document of {longest} tokens, longer than max_seq_len {self.max_seq_len}"
+        return documents
 
 
 def sample_numbers(
@@ -328,14 +324,15 @@ def loader(
     """Micro-batches of the given sample numbers, in their order, drawn ahead by `workers`."""
     decoder = model_config.decoder
 
-    def merge(samples: list[list[Encoded] | None]) -> Batch:
-        return collate(
-            [s for s in samples if s is not None],
+    def merge(samples: list[list[Encoded] | str]) -> Batch:
+        batch = collate(
+            [s for s in samples if not isinstance(s, str)],
             image_id=tokenizer.image_id,
             visible_images=decoder.visible_images,
             image_size=model_config.vision.image_size,
             tokens_per_image=model_config.tokens_per_image,
         )
+        return replace(batch, dropped=tuple(s for s in samples if isinstance(s, str)))
 
     return DataLoader(
         Samples(source, tokenizer, decoder.max_seq_len),
@@ -344,5 +341,11 @@ def loader(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=False,
+        worker_init_fn=leave_signals_to_parent,
     )
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the parent decides when the workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import world
-from config import Parser, run
+from config import Parser, run_main
 from data import Batch, chat_document, collate, encode
 from formats import Ret
 from model import VisionLanguageModel, generate
@@ -175,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -110,8 +110,9 @@ class Batch(Protocol):
     text_start: Tensor  # (T,) int32, the first token of the own document
     image_start: Tensor  # (T,) int32, first visible picture
     image_end: Tensor  # (T,) int32, behind the last visible picture
-    images: Tensor  # (I, 3, h, w) uint8
-    image_index: Tensor  # (I,) int64, the picture's number within its document
+    images: Tensor  # (U, 3, h, w) uint8, each picture once, however often it is shown
+    shown: Tensor  # (I,) int64, the row of `images` that stands at each <image>
+    image_index: Tensor  # (I,) int64, the number of each <image> within its document
     ret_token: Tensor  # (R,) int64, rows of <ret>
     text_hints: AttentionHints | None
     image_hints: AttentionHints | None
@@ -122,7 +123,7 @@ class Output(NamedTuple):
 
     token_loss: Tensor  # 0-d, summed over the targets of this micro-batch
     ret_features: Tensor  # (R, E) unit vectors: what each <ret> asks for
-    image_features: Tensor  # (I, E) unit vectors
+    image_features: Tensor  # (U, E) unit vectors
     logit_scale: Tensor  # 0-d, exp of the learned inverse temperature
 
 
@@ -289,7 +290,7 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """One micro-batch of training: the summed token loss and the contrastive features."""
-        pictures, pooled = self.encode_images(batch.images, batch.image_index)
+        pictures, pooled = self.encode_images(batch)
         text_end = torch.arange(1, len(batch.tokens) + 1, device=batch.tokens.device)
         text = Span(batch.text_start, text_end.int(), batch.text_hints)
         hidden = self.decode(
@@ -305,22 +306,23 @@ class VisionLanguageModel(nn.Module):
         ret_hidden = hidden.index_select(0, batch.ret_token)  # (R, C)
         return Output(token_loss, *self.contrastive(ret_hidden, pooled))
 
-    def encode_images(self, images: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (I, 3, h, w) -> what words look at (I * P, Cv), and one feature a picture (I, E).
+    def encode_images(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What words look at, (I * P, Cv), and one feature of each different picture, (U, E).
 
         The feature is CLIP's pooled one, or the mean of the resampler's latents where it exists.
         """
-        n_images = len(images)
-        pictures, pooled = self.vision(images)
+        n_images = len(batch.images)
+        pictures, pooled = self.vision(batch.images)
         if self.config.resampler:
             pictures = self.resampler(pictures, n_images)
             pooled = pictures.view(n_images, -1, pictures.shape[-1]).mean(1)
         else:
             pictures = self.image_norm(pictures)
+        pictures = pictures.view(n_images, -1, pictures.shape[-1])  # (U, P, Cv)
+        pictures = pictures.index_select(0, batch.shown)  # (I, P, Cv)
         if self.config.decoder.visible_images == "all":
-            number = self.image_index_embed.index_select(0, image_index)[:, None]  # (I, 1, Cv)
-            pictures = (pictures.view(n_images, -1, number.shape[-1]) + number).flatten(0, 1)
-        return pictures, pooled
+            pictures = pictures + self.image_index_embed.index_select(0, batch.image_index)[:, None]
+        return pictures.flatten(0, 1), pooled
 
     def decode(
         self,
@@ -467,7 +469,7 @@ def generate(
             f"{model.config.decoder.max_seq_len}: shorten it"
         )
     cache = KVCache(model, len(last), longest)
-    pictures, _ = model.encode_images(batch.images, batch.image_index)
+    pictures, _ = model.encode_images(batch)
     seen = model.image_span(batch)
     hidden = model.decode(
         batch.tokens, batch.positions, cache.span(slot, positions), seen, pictures, cache

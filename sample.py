@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from config import Parser, UserError, input_errors, run
+from config import Parser, UserError, input_errors, run_main
 from data import chat_document
 from eval import make_batch
 from formats import Image
@@ -93,4 +93,4 @@ def printable(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
