@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import sys
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +38,8 @@ class TrainConfig:
     lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage")
     min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage")
     warmup_steps: tuple[int, ...] = option((50, 50), "steps of linear warm-up of each stage")
-    frozen: tuple[str, ...] = option(("", "vision"), "parts frozen in each stage, joined by +: "
-                                                     "vision, decoder")
+    frozen: tuple[str, ...] = option(("none", "vision"), "what is frozen in each stage: none, "
+                                     "vision, decoder or vision+decoder")
     max_steps: int = option(0, "cut every stage down to this many steps (0: as preset)")
 
     batch_size: int = option(64, "samples of one optimizer step, over all ranks together")
@@ -71,6 +70,9 @@ class TrainConfig:
             if len(getattr(self, name)) != n:
                 raise ValueError(f"{flag(name)} needs one value for each of the {n} stages "
                                  f"({' '.join(self.stages)}), got {len(getattr(self, name))}")
+        for parts in self.frozen:
+            if parts != "none" and not set(parts.split("+")) <= {"vision", "decoder"}:
+                raise ValueError(f"--frozen {parts}: choose none, vision, decoder, vision+decoder")
         for name in ("batch_size", "grad_accum_steps", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
@@ -167,8 +169,11 @@ def resumed(given: dict) -> TrainConfig:
         if name not in MAY_CHANGE and value != before.get(name):
             raise UserError(f"{flag(name)} is {value} here, but {before.get(name)} in {folder}: a "
                             f"resumed run keeps it; leave the flag out, or start a new run")
-    kept = {name: given[name] for name in MAY_CHANGE if name in given}
-    return from_dict(TrainConfig, before | kept)
+    fields = before | {name: given[name] for name in MAY_CHANGE if name in given}
+    try:
+        return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -205,33 +210,6 @@ def parse(argv: list[str]) -> TrainConfig:
 
 # A user's own folder of captioned pictures: one stage, everything trained, few steps.
 PAIRS = dict(
-    stages=("pairs",), steps=(300,), lr=(1e-3,), min_lr=(1e-4,), warmup_steps=(20,), frozen=("",),
-    batch_size=12, eval_every=0,
+    stages=("pairs",), steps=(300,), lr=(1e-3,), min_lr=(1e-4,), warmup_steps=(20,),
+    frozen=("none",), batch_size=12, eval_every=0,
 )
-
-
-# ------------------------------------------------------------------------------------- as JSON
-
-
-def to_json(config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2)
-
-
-def from_dict(kind: type, values: dict):
-    """The inverse of dataclasses.asdict for our configs; a wrong key is a UserError."""
-    hints, kwargs = typing.get_type_hints(kind), {}
-    unknown = set(values) - set(hints)
-    if unknown:
-        raise UserError(f"unknown key {sorted(unknown)[0]!r} in a {kind.__name__}")
-    for name, value in values.items():
-        hint = hints[name]
-        if isinstance(hint, types.UnionType):  # ResamplerConfig | None
-            hint = next(t for t in typing.get_args(hint) if t is not type(None))
-        if dataclasses.is_dataclass(hint) and value is not None:
-            value = from_dict(hint, value)
-        kwargs[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return kind(**kwargs)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"not a valid {kind.__name__}: {error}") from None
-

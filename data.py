@@ -210,6 +210,20 @@ def collate(
     )
 
 
+def prompts(documents: list[Document], tokenizer: Tokenizer, model_config, device: torch.device
+            ) -> Batch:
+    """Documents that a model of this config is to go on with, one sample each."""
+    samples = [[encode(document, tokenizer, end=False)] for document in documents]
+    return collate(samples, **collate_options(tokenizer, model_config)).to(device)
+
+
+def collate_options(tokenizer: Tokenizer, model_config) -> dict:
+    """What `collate` has to know of a model and its tokenizer."""
+    return dict(image_id=tokenizer.image_id, visible_images=model_config.decoder.visible_images,
+                image_size=model_config.vision.image_size,
+                tokens_per_image=model_config.tokens_per_image)
+
+
 def pixels(reference: object, size: int) -> Tensor:
     """A picture's reference -> uint8 (3, size, size)."""
     if isinstance(reference, np.ndarray):
@@ -322,20 +336,14 @@ def loader(
     source, tokenizer: Tokenizer, model_config, numbers: Iterator[list[int]], workers: int
 ) -> DataLoader:
     """Micro-batches of the given sample numbers, in their order, drawn ahead by `workers`."""
-    decoder = model_config.decoder
+    options = collate_options(tokenizer, model_config)
 
     def merge(samples: list[list[Encoded] | str]) -> Batch:
-        batch = collate(
-            [s for s in samples if not isinstance(s, str)],
-            image_id=tokenizer.image_id,
-            visible_images=decoder.visible_images,
-            image_size=model_config.vision.image_size,
-            tokens_per_image=model_config.tokens_per_image,
-        )
+        batch = collate([s for s in samples if not isinstance(s, str)], **options)
         return replace(batch, dropped=tuple(s for s in samples if isinstance(s, str)))
 
     return DataLoader(
-        Samples(source, tokenizer, decoder.max_seq_len),
+        Samples(source, tokenizer, model_config.decoder.max_seq_len),
         batch_sampler=numbers,
         collate_fn=merge,
         num_workers=workers,

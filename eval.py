@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import world
-from config import Parser, run_main
-from data import Batch, chat_document, collate, encode
+from config import Parser, input_errors, run_main
+from data import chat_document, prompts
 from formats import Ret
 from model import VisionLanguageModel, generate
 from scores import is_right
@@ -43,25 +43,13 @@ class Asked:
     right: bool
 
 
-def make_batch(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list) -> Batch:
-    """Documents that the model is to go on with -> a batch, one sample each."""
-    config = model.config
-    batch = collate(
-        [[encode(document, tokenizer, end=False)] for document in documents],
-        image_id=tokenizer.image_id,
-        visible_images=config.decoder.visible_images,
-        image_size=config.vision.image_size,
-        tokens_per_image=config.tokens_per_image,
-    )
-    return batch.to(model.embed.device)
-
-
 def answers(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list,
             max_new_tokens: int = 96) -> list[str]:
     """The greedy continuation of every document, BATCH of them at a time."""
     out: list[str] = []
     for first in range(0, len(documents), BATCH):
-        batch = make_batch(model, tokenizer, documents[first : first + BATCH])
+        batch = prompts(documents[first : first + BATCH], tokenizer, model.config,
+                        model.embed.device)
         ids: list[list[int]] = [[] for _ in documents[first : first + BATCH]]
         stop = (tokenizer.end_id, tokenizer.eos_id)
         for step in generate(model, batch, max_new_tokens=max_new_tokens, stop=stop,
@@ -109,7 +97,7 @@ def find_pictures(model: VisionLanguageModel, tokenizer: Tokenizer, requests: li
         documents = [chat_document([([], request, Ret(picture))]) for request, picture in
                      zip(requests[first : first + BATCH], pictures[first : first + BATCH],
                          strict=True)]
-        out = model(make_batch(model, tokenizer, documents))
+        out = model(prompts(documents, tokenizer, model.config, model.embed.device))
         texts.append(out.ret_features)
         images.append(out.image_features)
     similarity = (torch.cat(texts) @ torch.cat(images).T).cpu()
@@ -163,7 +151,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.questions < 1:
         parser.error(f"--questions must be at least 1, got {args.questions}")
-    model, tokenizer = load_model(args.model)
+    with input_errors():
+        model, tokenizer = load_model(args.model)
     began = time.time()
     report = drawn_exam(model, tokenizer, args.questions, seed=args.seed)
     if args.json:

@@ -15,7 +15,7 @@ GPU_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s
 
 
 def step_flops(model: VisionLanguageModel, n_images: int, n_tokens: int, n_targets: int,
-               frozen: tuple[str, ...] = ()) -> float:
+               frozen: str = "none") -> float:
     """FLOPs of the matrices in one training step (attention scores, a few percent, left out)."""
     config: ModelConfig = model.config
     P, seen = config.vision.n_patches + 1, config.tokens_per_image

@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 
 from config import Parser, UserError, input_errors, run_main
-from data import chat_document
-from eval import make_batch
+from data import chat_document, prompts
 from formats import Image
 from model import generate
 from tokenizer import StreamDecoder
@@ -58,16 +57,18 @@ def main() -> None:
     if not args.model:
         sys.stderr.write("This small built-in model knows drawn scenes only; "
                          "for photographs give --model FOLDER.\n")
-    model, tokenizer = load_model(args.model or BUILT_IN, args.device)
+    with input_errors():
+        model, tokenizer = load_model(args.model or BUILT_IN, args.device)
     most = model.config.decoder.max_images
     if most and len(pictures) > most:
         raise UserError(f"{len(pictures)} pictures, but this model tells at most {most} apart")
     document = ([Image(picture) for picture in pictures] if args.prompt is None
                 else chat_document([(pictures, args.prompt, None)]))
+    batch = prompts([document], tokenizer, model.config, model.embed.device)
     began, stream, words, ids = time.perf_counter(), StreamDecoder(tokenizer), "", []
     with input_errors():
         for step in generate(
-            model, make_batch(model, tokenizer, [document]), max_new_tokens=args.max_new_tokens,
+            model, batch, max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
             stop=(tokenizer.end_id, tokenizer.eos_id),
             forbidden=(tokenizer.image_id, tokenizer.ret_id),

@@ -29,7 +29,7 @@ from torch import Tensor
 import eval
 import world
 from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from config import PRESETS, TrainConfig, UserError, input_errors, parse, run_main, to_json
+from config import PRESETS, TrainConfig, UserError, input_errors, parse, run_main
 from data import Batch, DrawnWorld, Pairs, loader, sample_numbers
 from formats import find_pairs
 from model import ModelConfig, VisionLanguageModel
@@ -110,7 +110,7 @@ def main() -> None:
 def train_stage(run: Run, number: int, first_step: int, restore: Path | None) -> bool:
     """Train a stage from first_step to its end, then evaluate. False: stopped before the end."""
     c, name = run.config, run.config.stages[number]
-    n_steps, frozen = c.stage_steps(number), tuple(filter(None, c.frozen[number].split("+")))
+    n_steps, frozen = c.stage_steps(number), c.frozen[number]
     freeze(run.model, frozen)
     optimizer = make_optimizer(run.model, c)
     if restore:
@@ -118,7 +118,7 @@ def train_stage(run: Run, number: int, first_step: int, restore: Path | None) ->
     validation = validation_batches(run, name)
     batches = training_batches(run, name, first_step, n_steps)
     say(run, f"stage {name}: steps {first_step} to {n_steps}, "
-             f"frozen: {' '.join(frozen) or 'nothing'}")
+             f"frozen: {frozen}")
     for step in range(first_step, n_steps):
         began = time.perf_counter()
         micro = [next(batches).to(run.device) for _ in range(c.grad_accum_steps)]
@@ -281,7 +281,8 @@ def initial_model(config: TrainConfig, device: torch.device
                   ) -> tuple[VisionLanguageModel, Tokenizer] | None:
     """What --init names, by default the built-in model for a user's own pictures; None: nothing."""
     init = config.init or (BUILT_IN if config.data else "none")
-    return None if init == "none" else load_model(init, device)
+    with input_errors():
+        return None if init == "none" else load_model(init, device)
 
 
 def prepare_folder(config: TrainConfig, ranks: Ranks) -> Path:
@@ -297,7 +298,7 @@ def prepare_folder(config: TrainConfig, ranks: Ranks) -> Path:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
-        (out / "config.json").write_text(to_json(config) + "\n")
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     return out
 
 
@@ -333,12 +334,12 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, pairs: list
     return VisionLanguageModel(dataclasses.replace(preset, decoder=decoder)), tokenizer
 
 
-def freeze(model: VisionLanguageModel, parts: tuple[str, ...]) -> None:
-    """Train everything but the named parts. The rows of our special tokens are always trained."""
-    groups = {"vision": [model.vision],
+def freeze(model: VisionLanguageModel, parts: str) -> None:
+    """Train everything but these parts. The rows of our special tokens are always trained."""
+    groups = {"none": [], "vision": [model.vision],
               "decoder": [model.blocks, model.norm, model.embed, model.head]}
     model.requires_grad_(True)
-    for part in parts:
+    for part in parts.split("+"):
         for member in groups[part]:
             member.requires_grad_(False)
 

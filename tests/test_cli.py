@@ -1,0 +1,133 @@
+"""Laws of the command line: bad input gets one clear line, exit code 2, and nothing is touched.
+
+pytest tests/test_cli.py
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import eval
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+CAT = str(ROOT / "cat.jpg")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty working folder with one of every bad thing in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "cut.jpg").write_bytes(Path(CAT).read_bytes()[:5000])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / "fine.png")
+    for folder in ("empty", "lonely", "silent", "latin"):
+        (tmp_path / folder).mkdir()
+    for folder in ("lonely", "silent", "latin"):
+        Image.new("RGB", (20, 20)).save(tmp_path / folder / "a.jpg")
+    (tmp_path / "silent" / "a.txt").write_text("  \n")
+    (tmp_path / "latin" / "a.txt").write_bytes("ein Käfer".encode("latin-1"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    return tmp_path
+
+
+def contents(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+BAD = [
+    (sample, ["--image", "none.jpg", "--prompt", "What?"], "none.jpg: no such file"),
+    (sample, ["--image", "notes.txt", "--prompt", "What?"], "notes.txt: not a picture"),
+    (sample, ["--image", "empty.jpg", "--prompt", "What?"], "empty.jpg: not a picture"),
+    (sample, ["--image", "empty", "--prompt", "What?"], "empty: is a folder"),
+    (sample, ["--image", "cut.jpg", "--prompt", "What?"], "cut.jpg: damaged or cut-off"),
+    (sample, ["--image", CAT, "--prompt", "  "], "--prompt is empty"),
+    (sample, [], "give --image FILE"),
+    (sample, ["--image", CAT, "--model", "nowhere"], "nowhere: no such folder"),
+    (sample, ["--image", CAT, "--model", "empty"], "config.json is missing"),
+    (sample, ["--image", CAT, "--prompt", "What?", "--temperature", "hot"], "--temperature"),
+    (sample, ["--image", CAT, "--prompt", "What?", "--temperature", "-1"], "0 or more"),
+    (sample, ["--image", CAT, "--prompt", "What?", "--top-p", "0"], "--top-p"),
+    (sample, ["--image", CAT, "--prompt", "What?", "--max-new-tokens", "0"], "--max-new-tokens"),
+    (sample, ["--image", CAT, "--promt", "What?"], "--promt"),
+    (sample, ["--image", CAT, "--prompt", "What? " * 2000], "shorten it"),
+    (sample, [*["--image", CAT] * 9, "--prompt", "What?"], "at most 8"),
+    (train, ["--data", "nowhere"], "nowhere: no such folder"),
+    (train, ["--data", "empty"], "name.jpg + name.txt"),
+    (train, ["--data", "lonely"], "write it into a.txt"),
+    (train, ["--data", "silent"], "is empty"),
+    (train, ["--data", "latin"], "UTF-8"),
+    (train, ["--learning-rate", "1"], "--learning-rate"),
+    (train, ["--batch-size", "many"], "--batch-size"),
+    (train, ["--batch-size", "0"], "at least 1"),
+    (train, ["--batch-size", "10", "--grad-accum-steps", "4"], "use 8 or 12"),
+    (train, ["--max-steps", "-1"], "--max-steps"),
+    (train, ["--lr", "1e-3"], "one value for each"),
+    (train, ["--frozen", "ears", "none"], "ears"),
+    (train, ["--preset", "huge"], "tiny"),
+    (train, ["--device", "quantum"], "--device"),
+    (train, ["--init", "nowhere"], "nowhere: no such folder"),
+    (train, ["--resume", "nowhere"], "is no run folder"),
+    (train, ["--resume", "empty"], "is no run folder"),
+    (train, ["--resume", "broken"], "not JSON"),
+    (train, ["--out", "notes.txt"], "cannot be made"),
+    (train, ["--resume"], "--resume"),
+    (eval, ["sculpture"], "sculpture"),
+    (eval, ["drawn", "--model", "nowhere"], "nowhere: no such folder"),
+    (eval, ["drawn", "--questions", "0"], "at least 1"),
+]
+
+
+@pytest.mark.parametrize("script, arguments, says", BAD,
+                         ids=[f"{s.__name__} {' '.join(a)[-30:]}" for s, a, _ in BAD])
+def test_bad_input_is_one_clear_line_and_touches_nothing(place, cli, script, arguments, says):
+    before = contents(place)
+    code, out, err = cli(script, *arguments)
+    lines = [line for line in err.splitlines() if "built-in model" not in line]
+    assert code == 2 and len(lines) == 1 and says in lines[0], err
+    assert lines[0].startswith(f"{script.__name__}.py: ") and len(lines[0]) < 300
+    assert out == "" and contents(place) == before
+
+
+def test_a_picture_with_too_many_pixels_is_refused(place, cli, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    code, _, err = cli(sample, "--image", "fine.png", "--prompt", "What?")
+    assert code == 2 and "pixels" in err
+
+
+def test_the_program_itself_exits_with_two_and_prints_no_traceback(place):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--image", "cut.jpg"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("script", [sample, train, eval])
+def test_help_explains_every_flag(cli, script):
+    code, out, _ = cli(script, "--help")
+    assert code == 0
+    flags = [line.split() for line in out.splitlines() if line.startswith("  -")]
+    assert len(flags) > 3
+
+
+def test_json_is_the_only_thing_on_stdout(place, cli):
+    code, out, _ = cli(sample, "--image", CAT, "--prompt", "How many things are there?", "--json")
+    answer = json.loads(out)
+    assert code == 0 and answer["answer"] and answer["images"] == [CAT] and answer["tokens"]
+
+
+def test_the_same_seed_draws_the_same_words(cli):
+    asked = ["--image", CAT, "--temperature", "1.5", "--max-new-tokens", "40"]
+    one, two, other = (cli(sample, *asked, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert one == two != other
+
+
+def test_an_answer_cannot_steer_the_terminal():
+    assert sample.printable("a\x1b[2J\x07b\n\u202ec\u00e9") == "a[2Jb\nc\u00e9"

@@ -1,0 +1,342 @@
+"""Laws of the training run: resumed == never stopped, N ranks == 1 rank, nothing overwritten.
+
+pytest tests/test_train.py               the quick ones
+pytest tests/test_train.py -m slow       four and eight processes, real photographs
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+
+import sample
+import train
+from config import TrainConfig
+from model import VisionLanguageModel
+from vision import open_image
+from weights import load_model
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--batch-size", "8", "--workers", "0", "--exam-questions", "1", "--eval-questions", "1"]
+
+
+def start(*arguments, ranks=1, cwd=ROOT, **kwargs) -> subprocess.Popen:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*launcher, str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **kwargs)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    return out
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def curve(folder: Path) -> list[tuple]:
+    """What every step computed; times left out."""
+    names = ("stage", "step", "loss", "contrastive", "grad_norm", "lr", "n_tokens")
+    return [tuple(line[name] for name in names) for line in log(folder) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """An uninterrupted run of two stages of four steps each, with all its checkpoints."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    text = finish(start(*QUICK, "--max-steps", 4, "--checkpoint-every", 2, "--keep", 9,
+                        "--eval-every", 3, "--out", out))
+    (out / "printed").write_text(text)
+    return out
+
+
+# --------------------------------------------------------------------------------- what a run does
+
+
+def test_a_run_prints_one_line_a_step_and_logs_the_same(finished):
+    printed = (finished / "printed").read_text().splitlines()
+    lines = [line for line in printed if line.startswith(("pretrain ", "instruct "))]
+    assert len(lines) == len(curve(finished)) == 8
+    for what in ("loss", "norm", "lr", "ms", "tok/s", "samples/s", "MFU", "wait"):
+        assert all(what in line for line in lines)
+    numbers = [value for line in log(finished) for value in line.values()
+               if isinstance(value, float)]
+    assert np.isfinite(numbers).all()
+
+
+def test_a_run_compares_its_loss_with_blank_pictures_and_shows_its_gates(finished):
+    looks = [line["evaluation"] for line in log(finished) if "evaluation" in line]
+    assert [(look["stage"], look["step"]) for look in looks] == [
+        ("pretrain", 3), ("pretrain", 4), ("instruct", 3), ("instruct", 4)]
+    for look in looks:
+        assert look["gap"] == pytest.approx(look["val_loss_blank"] - look["val_loss"])
+        assert len(look["gates"]) >= 2 and all(-1 < gate < 1 for gate in look["gates"].values())
+    assert set(looks[-1]["report"]) == {"test", "blank", "new"}
+
+
+def test_a_run_leaves_a_model_folder_that_loads(finished):
+    model, tokenizer = load_model(finished / "model")
+    assert model.config.decoder.vocab_size == tokenizer.vocab_size
+
+
+def test_stage_two_leaves_the_frozen_vision_tower_as_it_was(finished):
+    states = {}
+    for step in (4, 8):
+        model, _ = load_model(finished / "model")
+        from_checkpoint(model, finished / "checkpoints" / f"step_{step:08d}")
+        states[step] = model.state_dict()
+    for name, before in states[4].items():
+        same = torch.equal(before, states[8][name])
+        assert same == name.startswith("vision."), name
+
+
+def from_checkpoint(model: VisionLanguageModel, folder: Path) -> None:
+    state = {"model": model.state_dict()}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    model.load_state_dict(state["model"])
+
+
+# ------------------------------------------------------------------------ resumed == never stopped
+
+
+@pytest.mark.parametrize("stopped_at", [2, 4, 6])
+def test_a_resumed_run_computes_what_it_would_have_computed(finished, tmp_path, stopped_at):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for folder in (out / "checkpoints").iterdir():
+        if int(folder.name[5:]) > stopped_at:
+            (folder / "state.json").unlink()  # as if it had been stopped while writing it
+    shutil.rmtree(out / "model")
+    (out / "log.jsonl").unlink()
+    finish(start("--resume", out))
+    assert curve(out) == curve(finished)[stopped_at:]
+    final, again = (load_model(folder / "model")[0].state_dict() for folder in (finished, out))
+    assert all(torch.equal(final[name], again[name]) for name in final)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(finished, tmp_path):
+    out = tmp_path / "run"
+    process = start(*QUICK[:2], "--workers", 1, *QUICK[4:], "--max-steps", 4, "--out", out,
+                    "--checkpoint-every", 0, "--eval-every", 0, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("pretrain     1"):
+            break
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the data workers, too
+    rest = finish(process)
+    assert f"--resume {out}" in rest and not (out / "model").exists()
+    n = len(curve(out))
+    assert 2 <= n < 8
+    finish(start("--resume", out))
+    assert curve(out) == curve(finished)
+
+
+def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path):
+    arguments = [*QUICK, "--max-steps", 1, "--resume", "auto", "--out", tmp_path / "run"]
+    finish(start(*arguments))
+    first = curve(tmp_path / "run")
+    assert "stage instruct: steps 1 to 1" in finish(start(*arguments))
+    assert curve(tmp_path / "run") == first
+
+
+def test_a_resumed_run_keeps_what_makes_it_that_run(finished, cli):
+    code, _, err = cli(train, "--resume", finished, "--batch-size", 16)
+    assert code == 2 and "--batch-size is 16 here, but 8" in err
+
+
+def test_old_checkpoints_go_and_half_written_ones_are_ignored(tmp_path):
+    out = tmp_path / "run"
+    finish(start(*QUICK, "--max-steps", 3, "--checkpoint-every", 1, "--keep", 2, "--out", out))
+    folders = sorted(f.name for f in (out / "checkpoints").iterdir())
+    assert folders == ["step_00000005", "step_00000006"]
+    (out / "checkpoints" / folders[1] / "state.json").unlink()
+    assert train.latest_checkpoint(out).name == folders[0]
+
+
+def test_an_earlier_run_is_not_overwritten(finished, cli):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    code, _, err = cli(train, *QUICK, "--out", finished)
+    assert code == 2 and "--resume" in err and err.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------ N ranks == 1 rank
+
+
+def relative(a, b) -> float:
+    return abs(a - b) / max(abs(a), abs(b), 1e-9)
+
+
+def assert_same_losses(one: list[tuple], other: list[tuple]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a[:2] == b[:2] and a[5:] == b[5:]
+        assert relative(a[2], b[2]) < 1e-4, (a, b)
+        assert relative(a[3], b[3]) < 1e-3, (a, b)
+
+
+def test_two_processes_compute_the_losses_of_one(tmp_path):
+    arguments = [*QUICK, "--max-steps", 10, "--eval-every", 0]
+    finish(start(*arguments, "--out", tmp_path / "one"))
+    finish(start(*arguments, "--out", tmp_path / "two", ranks=2))
+    assert_same_losses(curve(tmp_path / "one"), curve(tmp_path / "two"))
+
+
+def test_accumulation_changes_no_token_loss(tmp_path):
+    arguments = [*QUICK, "--max-steps", 4, "--contrastive-weight", 0, "--eval-every", 0]
+    finish(start(*arguments, "--out", tmp_path / "one"))
+    finish(start(*arguments, "--out", tmp_path / "four", "--grad-accum-steps", 4))
+    for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "four"), strict=True):
+        assert relative(a[2], b[2]) < 1e-4 and relative(a[4], b[4]) < 1e-3
+
+
+def test_a_run_stopped_on_two_processes_goes_on_with_one(finished, tmp_path):
+    out = tmp_path / "run"
+    finish(start(*QUICK, "--max-steps", 4, "--checkpoint-every", 2, "--keep", 9, "--eval-every", 0,
+                 "--out", out, ranks=2))
+    for folder in (out / "checkpoints").iterdir():
+        if int(folder.name[5:]) > 6:
+            (folder / "state.json").unlink()
+    (out / "log.jsonl").unlink()
+    finish(start("--resume", out))
+    assert_same_losses(curve(out), curve(finished)[6:])
+
+
+@pytest.mark.slow
+def test_four_processes_with_accumulation_compute_the_losses_of_one(tmp_path):
+    arguments = ["--max-steps", 10, "--batch-size", 16, "--contrastive-weight", 0, *QUICK[2:]]
+    finish(start(*arguments, "--out", tmp_path / "one"))
+    finish(start(*arguments, "--out", tmp_path / "four", "--grad-accum-steps", 2, ranks=4))
+    assert_same_losses(curve(tmp_path / "one"), curve(tmp_path / "four"))
+
+
+@pytest.mark.slow
+def test_the_launch_on_eight_processes_works_as_written_in_the_readme(tmp_path):
+    command = ["torchrun", "--nproc_per_node=8", str(ROOT / "train.py"), "--max-steps", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    load_model(tmp_path / "out" / "tiny" / "model")
+    assert len(curve(tmp_path / "out" / "tiny")) == 6
+
+
+# ------------------------------------------------------------------------------- parts of the loop
+
+
+def test_the_learning_rate_warms_up_then_falls_to_the_floor():
+    rates = [train.learning_rate(step, 100, 1.0, 0.1, 10) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[10 + 45] == pytest.approx(0.55, abs=0.03)
+    assert train.learning_rate(0, 1, 1.0, 0.1, 50) == 1.0
+
+
+def test_weight_decay_is_for_matrices_and_gates_learn_faster(tiny_model):
+    model = tiny_model()
+    c = TrainConfig(gate_lr_scale=20.0, weight_decay=0.3)
+    groups = train.make_optimizer(model, c).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    for group in groups:
+        for p in group["params"]:
+            gate = names[id(p)].endswith("_gate")
+            assert group["weight_decay"] == (0.3 if p.ndim >= 2 else 0.0)
+            assert group["lr_scale"] == (20.0 if gate else 1.0)
+
+
+@pytest.mark.parametrize("parts", ["none", "vision", "decoder", "vision+decoder"])
+def test_freezing_leaves_the_special_rows_and_gated_blocks_trained(tiny_model, parts):
+    model = tiny_model()
+    train.freeze(model, parts)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    belongs = {"vision": ("vision.",), "decoder": ("blocks.", "norm.", "embed", "head")}
+    for name, _ in model.named_parameters():
+        assert (name in frozen) == any(
+            name.startswith(belongs[part]) for part in parts.split("+") if part != "none"), name
+
+
+# --------------------------------------------------------------------------------- one's own folder
+
+
+def picture_folder(folder: Path) -> dict[str, str]:
+    folder.mkdir()
+    captions = {"red": "a red wall at noon", "green": "grass, seen from above",
+                "blue": "the sea without a ship"}
+    for colour, caption in captions.items():
+        Image.new("RGB", (90, 70), colour).save(folder / f"{colour}.jpg")
+        (folder / f"{colour}.txt").write_text(caption)
+    return captions
+
+
+def test_a_folder_of_pictures_is_learned_by_heart_from_nothing(tmp_path, cli):
+    captions = picture_folder(tmp_path / "mine")
+    text = finish(start("--data", tmp_path / "mine", "--init", "none", "--batch-size", 6,
+                        "--workers", 0, "--steps", 60, cwd=tmp_path))
+    assert "model: out/mine/model" in text
+    assert says(tmp_path / "out" / "mine" / "model", tmp_path / "mine", cli) == captions
+
+
+def says(model: Path, folder: Path, cli) -> dict[str, str]:
+    told = {}
+    for picture in sorted(folder.glob("*.jpg")):
+        _, out, _ = cli(sample, "--model", model, "--image", picture, "--prompt",
+                        "What is in the picture?")
+        told[picture.stem] = out.strip()
+    return told
+
+
+def test_a_broken_picture_is_left_out_and_said_once(tmp_path):
+    picture_folder(tmp_path / "mine")
+    whole = (tmp_path / "mine" / "red.jpg").read_bytes()
+    (tmp_path / "mine" / "red.jpg").write_bytes(whole[: len(whole) // 2])
+    process = start("--data", "mine", "--init", "none", "--batch-size", 3, "--workers", 0,
+                    "--steps", 4, cwd=tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert err.count("left out: mine/red.jpg") == 1
+    assert all(line["n_samples"] == 2 for line in log(tmp_path / "out" / "mine") if "loss" in line)
+
+
+PHOTOGRAPHS = {  # those that ship inside scikit-image
+    "astronaut.png": "a smiling astronaut in an orange suit in front of a flag",
+    "brick.png": "a brick wall",
+    "camera.png": "a man with a camera on a tripod",
+    "chelsea.png": "a tabby cat looks into the camera",
+    "coffee.png": "a cup of coffee on a wooden table",
+    "coins.png": "rows of old coins",
+    "grass.png": "grass, seen from above",
+    "hubble_deep_field.jpg": "hundreds of galaxies in a dark sky",
+    "moon.png": "craters on the moon",
+    "motorcycle_left.png": "a motorcycle in a garage",
+    "retina.jpg": "the back of an eye with its blood vessels",
+    "rocket.jpg": "a rocket on its launch pad at night",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["assets/tiny", "none"])
+def test_photographs_are_learned_by_heart(tmp_path, cli, init):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, caption in PHOTOGRAPHS.items():
+        photo = photos / name
+        open_image(Path(skimage.__file__).parent / "data" / name).save(photo.with_suffix(".jpg"))
+        photo.with_suffix(".txt").write_text(caption)
+    init = ROOT / init if init != "none" else init
+    finish(start("--data", "photos", "--init", init, cwd=tmp_path))
+    captions = {Path(name).stem: caption for name, caption in PHOTOGRAPHS.items()}
+    assert says(tmp_path / "out" / "photos" / "model", photos, cli) == captions

@@ -1,0 +1,176 @@
+"""Laws of model folders: what was saved is loaded bit for bit, or the mistake is named.
+
+pytest tests/test_weights.py
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import world
+from tokenizer import Tokenizer, train_tokenizer
+from vision import ResamplerConfig
+from weights import FILES, load_model, save_model
+
+RESAMPLER = ResamplerConfig(n_latents=3, n_layers=1, n_heads=2, head_dim=16, hidden_dim=48)
+MODELS = {
+    "captions": dict(n_kv_heads=1),
+    "resampler": dict(resampler=RESAMPLER, contrastive_dim=8),
+    "all pictures": dict(visible_images="all", max_images=3, cross_attn_mlp=True),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model, tokenizer):
+    model = tiny_model()
+    save_model(tmp_path / "model", model.config, model.state_dict(), tokenizer)
+    return tmp_path / "model"
+
+
+def change_config(folder, change):
+    values = json.loads((folder / "config.json").read_text())
+    change(values)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refused(folder, match):
+    """load_model gives up with one line in which `match` is found."""
+    with pytest.raises(ValueError, match=match) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_what_was_saved_is_loaded_bit_for_bit(tmp_path, tiny_model, tokenizer, changes):
+    model = tiny_model(**changes)
+    save_model(tmp_path / "out" / "model", model.config, model.state_dict(), tokenizer)
+    loaded, its_tokenizer = load_model(tmp_path / "out" / "model")
+    assert loaded.config == model.config and not loaded.training
+    assert its_tokenizer.model_bytes == tokenizer.model_bytes
+    before, after = model.state_dict(), loaded.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+    assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+
+
+def test_the_file_holds_our_own_names_and_nothing_else(folder, tiny_model):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert set(load_file(folder / "model.safetensors")) == set(tiny_model().state_dict())
+
+
+def test_saving_again_replaces_the_whole_model(folder, tiny_model, tokenizer):
+    model = tiny_model(seed=1, n_kv_heads=1)
+    save_model(str(folder), model.config, model.state_dict(), tokenizer)
+    loaded, _ = load_model(str(folder))
+    assert torch.equal(loaded.embed, model.embed) and loaded.config == model.config
+
+
+def test_weights_are_loaded_in_the_dtype_asked_for(folder, tiny_model):
+    loaded, _ = load_model(folder, dtype=torch.bfloat16)
+    for name, parameter in tiny_model().named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter.bfloat16())
+    change_tensors(folder, lambda x: x.update({k: v.bfloat16() for k, v in x.items()}))
+    assert load_model(folder)[0].embed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    assert str(folder) in refused(folder, f"is no model folder: {name} is missing")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    assert str(tmp_path / "nothing") in refused(tmp_path / "nothing", "no such folder")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: b"",
+    lambda data: data[:7],
+    lambda data: data[:60],  # within the table of names
+    lambda data: data[:-1],
+    lambda data: data + b"\0",
+    lambda data: b"\xff" * 8 + data[8:],  # a table of 16 exabytes
+    lambda data: b"<html>404 Not Found</html>",
+])
+def test_a_damaged_file_of_weights_is_named(folder, damage):
+    path = folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    assert refused(folder, "damaged or cut off").startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("text", ["", "{", "dim: 32", '{"vision": }'])
+def test_a_config_that_is_no_json_is_named(folder, text):
+    (folder / "config.json").write_text(text)
+    assert refused(folder, "not JSON").startswith(f"{folder / 'config.json'}: ")
+
+
+@pytest.mark.parametrize("part, kind", [
+    (None, "ModelConfig"), ("vision", "VisionConfig"), ("decoder", "DecoderConfig"),
+])
+def test_an_unknown_key_of_a_config_is_named(folder, part, kind):
+    change_config(folder, lambda x: (x[part] if part else x).update(n_layer=3))
+    refused(folder, f"{kind}.*'n_layer'")
+
+
+def test_an_unknown_key_of_the_resampler_is_named(tmp_path, tiny_model, tokenizer):
+    model = tiny_model(resampler=RESAMPLER)
+    save_model(tmp_path, model.config, model.state_dict(), tokenizer)
+    change_config(tmp_path, lambda x: x["resampler"].update(depth=3))
+    refused(tmp_path, "ResamplerConfig.*'depth'")
+
+
+def test_a_missing_part_and_an_impossible_value_of_a_config_are_named(folder):
+    change_config(folder, lambda x: x["decoder"].update(n_kv_heads=3))
+    refused(folder, "n_kv_heads 3 must divide n_heads 2")
+    change_config(folder, lambda x: x.pop("decoder"))
+    refused(folder, "'decoder'")
+
+
+NAMES = ["embed", "vision.patch_embed.weight", "blocks.1.attn.q_proj.weight"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_tensor_is_named(folder, name):
+    change_tensors(folder, lambda x: x.pop(name))
+    assert str(folder / "model.safetensors") in refused(folder, f"tensor {name} is missing")
+
+
+@pytest.mark.parametrize("name", ["lm_head", "blocks.2.attn.q_proj.weight"])
+def test_a_tensor_that_is_left_over_is_named(folder, name):
+    change_tensors(folder, lambda x: x.update({name: torch.zeros(3)}))
+    assert str(folder / "model.safetensors") in refused(folder, f"tensor {name} is not part of")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder, tiny_model, name):
+    right = tuple(tiny_model().state_dict()[name].shape)
+    change_tensors(folder, lambda x: x.update({name: x[name][1:].clone()}))
+    message = refused(folder, f"tensor {name} has shape")
+    assert str((right[0] - 1, *right[1:])) in message and str(right) in message
+
+
+def test_a_config_of_another_model_does_not_load_the_tensors_that_happen_to_fit(folder):
+    change_config(folder, lambda x: x["decoder"].update(n_layers=4))
+    refused(folder, r"tensor blocks\.2\..* is missing")
+
+
+def test_a_tokenizer_of_another_size_is_refused_with_both_sizes(folder, tokenizer):
+    train_tokenizer(world.corpus(20), folder / "tokenizer.model", vocab_size=320)
+    other = Tokenizer(folder / "tokenizer.model").vocab_size
+    assert other != tokenizer.vocab_size
+    assert str(folder) in refused(folder, f"{other} pieces.* {tokenizer.vocab_size}: they do not")
+
+
+def test_a_file_that_is_no_tokenizer_is_named(folder):
+    (folder / "tokenizer.model").write_bytes(b"<html>404 Not Found</html>")
+    assert str(folder / "tokenizer.model") in refused(folder, "not a SentencePiece model")
