@@ -294,6 +294,20 @@ class Pairs:
         return [*caption_documents(picture, caption), question]
 
 
+def example_pictures(source, size: int, n: int) -> Tensor:
+    """The pictures that the first n samples of a source show, uint8 (at most n, 3, size, size)."""
+    pictures = []
+    for index in range(n):
+        try:
+            (shown, *_), *_ = source[index]
+            pictures.append(pixels(shown.reference, size))
+        except ValueError:  # a picture that cannot be read
+            continue
+    if not pictures:
+        raise ValueError(f"none of the first {n} pictures can be read")
+    return torch.stack(pictures)
+
+
 # ------------------------------------------------------------------------------------- loading
 
 

@@ -71,9 +71,8 @@ class DecoderConfig:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
         if self.n_layers % self.cross_attn_every:
-            raise ValueError(
-                f"cross_attn_every {self.cross_attn_every} must divide n_layers {self.n_layers}"
-            )
+            raise ValueError(f"cross_attn_every {self.cross_attn_every} must divide n_layers "
+                             f"{self.n_layers}")
         if self.visible_images not in ("latest", "all"):
             raise ValueError(f"visible_images {self.visible_images!r}: choose 'latest' or 'all'")
         if (self.visible_images == "all") != (self.max_images > 0):
@@ -178,9 +177,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = SwiGLU(c)
 
-    def forward(
-        self, x: Tensor, rope: tuple, span: Span, cache: "LayerCache | None" = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, span: Span,
+                cache: "LayerCache | None" = None) -> Tensor:
         x = x + self.attn(self.attn_norm(x), rope, span, cache)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -201,9 +199,8 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """pictures (I * P, Cv) -> k, v (I * P, H, D): while writing, computed once a picture."""
-        return heads(self.k_proj(pictures), self.head_dim), heads(
-            self.v_proj(pictures), self.head_dim
-        )
+        k, v = self.k_proj(pictures), self.v_proj(pictures)
+        return heads(k, self.head_dim), heads(v, self.head_dim)
 
     def forward(self, x: Tensor, pictures: Tensor, span: Span, cached: tuple | None) -> Tensor:
         q = heads(self.q_proj(x), self.head_dim)  # (T, H, D)
@@ -230,9 +227,8 @@ class GatedCrossAttentionBlock(nn.Module):
             self.mlp_gate = nn.Parameter(torch.zeros(1))
         self.has_mlp = c.cross_attn_mlp
 
-    def forward(
-        self, x: Tensor, pictures: Tensor, span: Span, sees: Tensor, cached: tuple | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, pictures: Tensor, span: Span, sees: Tensor,
+                cached: tuple | None = None) -> Tensor:
         """x (T, C), pictures (I * P, Cv), sees (T, 1) in x's dtype: 1 where a picture is seen."""
         x = x + self.attn_gate.tanh() * self.attn(self.attn_norm(x), pictures, span, cached)
         if self.has_mlp:
@@ -274,12 +270,9 @@ class VisionLanguageModel(nn.Module):
             self.image_index_embed = nn.Parameter(torch.zeros(c.max_images, image_dim))
         self.embed = table(c.vocab_size, c.dim)
         self.special_embed = table(c.n_special, c.dim)
+        layers = range(c.cross_attn_every - 1, c.n_layers, c.cross_attn_every)
         self.cross_blocks = nn.ModuleDict(
-            {
-                str(i): GatedCrossAttentionBlock(c, image_dim)
-                for i in range(c.cross_attn_every - 1, c.n_layers, c.cross_attn_every)
-            }
-        )
+            {str(i): GatedCrossAttentionBlock(c, image_dim) for i in layers})
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.head = table(c.vocab_size, c.dim)
@@ -293,13 +286,10 @@ class VisionLanguageModel(nn.Module):
         pictures, pooled = self.encode_images(batch)
         text_end = torch.arange(1, len(batch.tokens) + 1, device=batch.tokens.device)
         text = Span(batch.text_start, text_end.int(), batch.text_hints)
-        hidden = self.decode(
-            batch.tokens, batch.positions, text, self.image_span(batch), pictures
-        )  # (T, C)
-        rows = batch.target_rows
-        token_loss, _ = linear_cross_entropy(
-            hidden.index_select(0, rows), self.output_table(), batch.targets.index_select(0, rows)
-        )
+        hidden = self.decode(batch.tokens, batch.positions, text, self.image_span(batch), pictures)
+        learned = hidden.index_select(0, batch.target_rows)  # (L, C)
+        targets = batch.targets.index_select(0, batch.target_rows)
+        token_loss, _ = linear_cross_entropy(learned, self.output_table(), targets)
         if not self.config.contrastive_dim:
             nothing = token_loss.new_zeros(0, 1)
             return Output(token_loss, nothing, nothing, token_loss.new_ones(()))
@@ -324,15 +314,8 @@ class VisionLanguageModel(nn.Module):
             pictures = pictures + self.image_index_embed.index_select(0, batch.image_index)[:, None]
         return pictures.flatten(0, 1), pooled
 
-    def decode(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        text: Span,
-        seen: Span,
-        pictures: Tensor | None,
-        cache: "KVCache | None" = None,
-    ) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor, text: Span, seen: Span,
+               pictures: Tensor | None, cache: "KVCache | None" = None) -> Tensor:
         """tokens (T,) -> hidden states (T, C) after the last norm.
 
         `text` are the intervals over the tokens (with a cache: over its slots), `seen` those over
@@ -416,14 +399,11 @@ class KVCache:
 
     def span(self, slots: list[int], positions: list[int]) -> Span:
         """Prepare to write at these places; every token sees its own slot up to itself."""
-        slot, position = torch.tensor(slots), torch.tensor(positions)
-        start = slot * self.max_len
-        rows = start + position
-        hints = attention_hints(start.numpy(), rows.numpy() + 1)
-        device = self.layers[0].k.device
+        start, device = torch.tensor(slots) * self.max_len, self.layers[0].k.device
+        rows = start + torch.tensor(positions)
         for layer in self.layers:
             layer.rows = rows.to(device)
-        return Span(start.int().to(device), (rows + 1).int().to(device), hints.to(device))
+        return span_of(start, rows + 1, device)
 
 
 class Step(NamedTuple):
@@ -436,18 +416,9 @@ class Step(NamedTuple):
 
 
 @torch.inference_mode()
-def generate(
-    model: VisionLanguageModel,
-    batch: Batch,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: tuple[int, ...] = (),
-    forbidden: tuple[int, ...] = (),
-) -> Iterator[Step]:
+def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int = 128,
+             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+             stop: tuple[int, ...] = (), forbidden: tuple[int, ...] = ()) -> Iterator[Step]:
     """Continue every document of a batch, yielding each token as it is made.
 
     temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing. A document ends with
@@ -464,16 +435,13 @@ def generate(
     lengths = [positions[row] + 1 for row in last.tolist()]
     longest = min(max(lengths) + max_new_tokens, model.config.decoder.max_seq_len)
     if max(lengths) >= model.config.decoder.max_seq_len:
-        raise ValueError(
-            f"the prompt has {max(lengths)} tokens, the model reads "
-            f"{model.config.decoder.max_seq_len}: shorten it"
-        )
+        raise ValueError(f"the prompt has {max(lengths)} tokens, the model reads "
+                         f"{model.config.decoder.max_seq_len}: shorten it")
     cache = KVCache(model, len(last), longest)
     pictures, _ = model.encode_images(batch)
     seen = model.image_span(batch)
-    hidden = model.decode(
-        batch.tokens, batch.positions, cache.span(slot, positions), seen, pictures, cache
-    )[last.to(device)]  # (B, C)
+    hidden = model.decode(batch.tokens, batch.positions, cache.span(slot, positions), seen,
+                          pictures, cache)[last.to(device)]  # (B, C)
     sees = [(int(seen.start[row]), int(seen.end[row])) for row in last.tolist()]
     live = list(range(len(last)))
     for _ in range(max_new_tokens):
@@ -493,23 +461,18 @@ def generate(
         for document in live:
             lengths[document] += 1
         start, end = torch.tensor([sees[document] for document in live]).T
-        hidden = model.decode(
-            tokens[going],
-            torch.tensor(places, device=device),
-            cache.span(live, places),
-            Span(
-                start.int().to(device),
-                end.int().to(device),
-                attention_hints(start.numpy(), end.numpy()).to(device),
-            ),
-            None,
-            cache,
-        )
+        hidden = model.decode(tokens[going], torch.tensor(places, device=device),
+                              cache.span(live, places), span_of(start, end, device), None, cache)
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> Tensor:
+def span_of(start: Tensor, end: Tensor, device: torch.device) -> Span:
+    """Intervals known on the CPU -> the same on the device, with their hints."""
+    hints = attention_hints(start.numpy(), end.numpy())
+    return Span(start.int().to(device), end.int().to(device), hints.to(device))
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float,
+           generator: torch.Generator) -> Tensor:
     """logits (B, V) -> tokens (B,): the likeliest, or a draw from the cut-off distribution."""
     if temperature == 0:
         return logits.argmax(-1)

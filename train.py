@@ -30,7 +30,7 @@ import eval
 import world
 from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from config import PRESETS, TrainConfig, UserError, input_errors, parse, run_main
-from data import Batch, DrawnWorld, Pairs, loader, sample_numbers
+from data import Batch, DrawnWorld, Pairs, example_pictures, loader, sample_numbers
 from formats import find_pairs
 from model import ModelConfig, VisionLanguageModel
 from parallel import (
@@ -150,10 +150,10 @@ def train_stage(run: Run, number: int, first_step: int, restore: Path | None) ->
     return True
 
 
-def source(run: Run, stage: str, split: str = "train") -> DrawnWorld | Pairs:
-    if run.pairs:
-        return Pairs(run.pairs, run.config.seed)
-    return DrawnWorld(stage, run.model.config.vision.image_size, run.config.seed, split)
+def source(config: TrainConfig, pairs: list, stage: str, image_size: int, split: str = "train"
+           ) -> DrawnWorld | Pairs:
+    """Where a stage's samples come from: the user's own pictures, if given, or the drawn world."""
+    return Pairs(pairs, config.seed) if pairs else DrawnWorld(stage, image_size, config.seed, split)
 
 
 def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Iterator[Batch]:
@@ -162,8 +162,9 @@ def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Ite
     numbers = sample_numbers(first_step * c.batch_size, n_steps - first_step,
                              batch_size=c.batch_size, accum=c.grad_accum_steps,
                              rank=run.ranks.rank, world_size=run.ranks.size)
+    samples = source(c, run.pairs, stage, run.model.config.vision.image_size)
     known = set()
-    for batch in loader(source(run, stage), run.tokenizer, run.model.config, numbers, c.workers):
+    for batch in loader(samples, run.tokenizer, run.model.config, numbers, c.workers):
         for reason in set(batch.dropped) - known:
             sys.stderr.write(f"left out: {reason}\n")
         known.update(batch.dropped)
@@ -174,8 +175,8 @@ def validation_batches(run: Run, stage: str) -> list[Batch]:
     """This rank's share of a fixed set of samples: unseen scenes, or the pairs themselves."""
     n_samples = min(VAL_SAMPLES, len(run.pairs) or VAL_SAMPLES)
     numbers = [list(range(run.ranks.rank, n_samples, run.ranks.size))]
-    batches = loader(source(run, stage, "test"), run.tokenizer, run.model.config, iter(numbers),
-                     workers=0)
+    samples = source(run.config, run.pairs, stage, run.model.config.vision.image_size, "test")
+    batches = loader(samples, run.tokenizer, run.model.config, iter(numbers), workers=0)
     return [batch.to(run.device) for batch in batches]
 
 
@@ -331,7 +332,12 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, pairs: list
     preset: ModelConfig = PRESETS[config.preset]["model"]
     decoder = dataclasses.replace(preset.decoder, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(config.seed)
-    return VisionLanguageModel(dataclasses.replace(preset, decoder=decoder)), tokenizer
+    model = VisionLanguageModel(dataclasses.replace(preset, decoder=decoder))
+    size = preset.vision.image_size
+    with input_errors():
+        examples = example_pictures(source(config, pairs, config.stages[0], size), size, n=256)
+    model.vision.patch_embed.whiten(model.vision.normalise(examples))
+    return model, tokenizer
 
 
 def freeze(model: VisionLanguageModel, parts: str) -> None:

@@ -7,7 +7,7 @@ import doctest
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scores
@@ -33,7 +33,7 @@ def test_the_worked_examples_hold():
     ("A Red CAT.", "a red cat"),
     ("  a \t red\n cat ", "a red cat"),
     ("a cat...", "a cat"),
-    ("0.5", "0.5"),
+    (".5", ".5"),
     (".", ""),
     ("", ""),
 ])
@@ -61,6 +61,7 @@ def test_what_is_no_box_of_four_numbers_is_none(text):
     assert parse_box(text) is None
 
 
+@settings(deadline=None)
 @given(CORNERS, CORNERS)
 def test_iou_is_the_share_of_the_cells_that_both_boxes_cover(a, b):
     both, either = len(cells(a) & cells(b)), len(cells(a) | cells(b))

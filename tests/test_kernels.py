@@ -1,0 +1,282 @@
+"""Laws of the small kernels: each against its formula written out in float64.
+
+pytest tests/test_kernels.py
+"""
+
+import doctest
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import apply_rope, layer_norm, linear_cross_entropy, rms_norm, rope_table, swiglu
+from kernels.loss import IGNORE
+
+SHAPES = [(1, 3), (5, 7), (2, 3, 33), (4, 1030)]
+
+
+def assert_near(ours: torch.Tensor, exact: torch.Tensor, units: float = 8):
+    """Equal up to some rounding units of the largest value."""
+    assert ours.shape == exact.shape and ours.isfinite().all()
+    error = (ours.double() - exact).abs().max()
+    assert error <= units * torch.finfo(ours.dtype).eps * exact.abs().max(), error
+
+
+def random(*shape, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def pull(x: torch.Tensor) -> torch.Tensor:
+    """The irregular gradient that outputs like x receive."""
+    return random(*x.shape, seed=99).to(x.dtype)
+
+
+def gradients(function, *inputs):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return torch.autograd.grad(out, inputs, pull(out))
+
+
+# ------------------------------------------------------------------------------------------ norms
+
+
+def rms_norm_exact(x, weight, eps):
+    x, weight = x.double(), weight.double()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def layer_norm_exact(x, weight, bias, eps):
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+NORMS = [(rms_norm, rms_norm_exact, 1), (layer_norm, layer_norm_exact, 2)]  # and how many weights
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])  # the squares below, at and above eps
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("norm, exact, n", NORMS)
+def test_a_norm_and_its_gradients_equal_the_formula(norm, exact, n, shape, scale):
+    inputs = [random(*shape) * scale, *(random(shape[-1], seed=1 + i) for i in range(n))]
+    assert_near(norm(*inputs, 1e-5), exact(*inputs, 1e-5))
+    ours = gradients(lambda *x: norm(*x, 1e-5), *inputs)
+    theirs = gradients(lambda *x: exact(*x, 1e-5), *(x.double() for x in inputs))
+    for mine, right in zip(ours, theirs, strict=True):
+        assert_near(mine, right, units=64)
+
+
+@pytest.mark.parametrize("norm, exact, n", NORMS)
+def test_a_row_of_equal_numbers_is_normalised_by_eps_alone(norm, exact, n):
+    for value in (0.0, 1e-3):
+        x, weights = torch.full((2, 6), value), [torch.ones(6), torch.ones(6)][:n]
+        assert_near(norm(x, *weights, 1e-5), exact(x, *weights, 1e-5))
+
+
+def share_rounded_right(ours, exact) -> float:
+    assert ours.dtype == torch.bfloat16
+    return (ours == exact.bfloat16()).double().mean().item()
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_bf16_goes_through_rms_norm_with_fp32_statistics(weight_dtype):
+    x = random(64, 4096, dtype=torch.bfloat16)
+    ones = torch.ones(4096, dtype=weight_dtype)
+    assert share_rounded_right(rms_norm(x, ones, 1e-5), rms_norm_exact(x, ones, 1e-5)) > 0.999
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_of_rms_norm_multiplies_after_rounding(weight_dtype):
+    x, weight = random(64, 640, dtype=torch.bfloat16), random(640, seed=1, dtype=weight_dtype)
+    rounded = rms_norm_exact(x, torch.ones(640), 1e-5).bfloat16()
+    exact = rounded.double() * weight.bfloat16().double()
+    assert share_rounded_right(rms_norm(x, weight, 1e-5), exact) > 0.999
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_bf16_goes_through_layer_norm_with_fp32_statistics(weight_dtype):
+    x = 30 + random(64, 4096)  # a mean far from 0: the variance is a small difference
+    weight, bias = (random(4096, seed=i, dtype=weight_dtype) for i in (1, 2))
+    inputs = x.bfloat16(), weight, bias
+    ours, exact = layer_norm(*inputs, 1e-5), layer_norm_exact(*inputs, 1e-5)
+    assert share_rounded_right(ours, exact) > 0.995
+
+
+def test_squares_beyond_the_range_of_fp16_do_not_overflow():
+    x, ones = (1000 * random(3, 50)).half(), torch.ones(50)
+    assert_near(rms_norm(x, ones.half(), 1e-5), rms_norm_exact(x, ones, 1e-5), units=1)
+    assert_near(layer_norm(x, ones, 0 * ones, 1e-5), layer_norm_exact(x, ones, 0 * ones, 1e-5), 1)
+
+
+# ------------------------------------------------------------------------------------------- rope
+
+
+def rope_exact(x, positions, theta):
+    """Pairs (i, i + D/2) as complex numbers, turned by position * theta^(-2i/D)."""
+    half = x.shape[-1] // 2
+    z = torch.complex(x[..., :half].double(), x[..., half:].double())
+    angle = positions.double()[:, None, None] * theta ** (-torch.arange(half).double() / half)
+    z = z * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+@pytest.mark.parametrize("T, H, D, theta", [(1, 1, 2, 10_000.0), (9, 3, 6, 500_000.0),
+                                            (300, 2, 64, 10_000.0)])
+def test_rope_and_its_gradient_equal_a_rotation_of_complex_numbers(T, H, D, theta):
+    x, positions = random(T, H, D), torch.arange(T) % 127
+    table = rope_table(positions, D, theta)
+    units = 4 * int(positions.max()) + 4  # the rounding of an angle grows with the position
+    assert_near(apply_rope(x, *table), rope_exact(x, positions, theta), units)
+    (gradient,) = gradients(lambda x: apply_rope(x, *table), x)
+    assert_near(gradient, rope_exact(pull(x), -positions, theta), units)
+
+
+def test_scores_depend_on_the_distance_of_positions_alone():
+    q, k = (random(1, 2, 16, seed=seed).double().expand(40, 2, 16) for seed in (1, 2))
+    scores = []
+    for offset in (0, 7, 3000):
+        table = rope_table(torch.arange(40) + offset, 16, 10_000.0)
+        scores.append(torch.einsum("mhd,nhd->hmn", apply_rope(q, *table), apply_rope(k, *table)))
+        torch.testing.assert_close(scores[-1][:, 1:, 1:], scores[-1][:, :-1, :-1],
+                                   rtol=0, atol=(offset + 40) * 1e-6)
+        torch.testing.assert_close(scores[-1], scores[0], rtol=0, atol=(offset + 40) * 1e-6)
+    assert (scores[0][:, 0, 1:] - scores[0][:, :1, 0]).abs().min() > 1e-3
+
+
+def test_position_zero_turns_nothing():
+    x = random(1, 2, 8)
+    assert torch.equal(apply_rope(x, *rope_table(torch.zeros(1, dtype=torch.int32), 8, 1e4)), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_angles_of_far_positions_are_those_of_fp32_also_for_bf16_inputs(dtype):
+    x, positions = random(5, 2, 64, dtype=torch.bfloat16), torch.arange(4091, 4096, dtype=dtype)
+    table = rope_table(positions, 64, 10_000.0)
+    assert all(part.dtype == torch.float32 for part in table)
+    rotated = apply_rope(x, *table)
+    assert rotated.dtype == torch.bfloat16
+    assert_near(rotated, rope_exact(x, positions, 10_000.0), units=2)
+
+
+# ----------------------------------------------------------------------------------------- swiglu
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu_and_its_gradients_equal_the_formula(shape):
+    def exact(gate, up):
+        return gate * (1 / (1 + (-gate).exp())) * up
+
+    gate, up = 3 * random(*shape), random(*shape, seed=1)
+    assert_near(swiglu(gate, up), exact(gate.double(), up.double()))
+    theirs = gradients(exact, gate.double(), up.double())
+    for mine, right in zip(gradients(swiglu, gate, up), theirs, strict=True):
+        assert_near(mine, right)
+
+
+def test_swiglu_closes_for_very_negative_gates_and_passes_very_positive_ones():
+    gate, up = torch.tensor([-1e4, 1e4, 0.0]), torch.tensor([3.0, 3.0, 3.0])
+    assert torch.equal(swiglu(gate, up), torch.tensor([0.0, 3e4, 0.0]))
+
+
+# ------------------------------------------------------------------------------------------- loss
+
+
+def loss_exact(hidden, weight, targets):
+    """The loss, its gradients and the count, all by hand."""
+    hidden, weight = hidden.double(), weight.double()
+    logits = hidden @ weight.T
+    largest = logits.amax(-1, keepdim=True)
+    log_sum = largest + (logits - largest).exp().sum(-1, keepdim=True).log()
+    rows = [t for t, target in enumerate(targets.tolist()) if target >= 0]
+    loss = sum(log_sum[t, 0] - logits[t, targets[t]] for t in rows)
+    d_logits = torch.zeros_like(logits)
+    for t in rows:
+        d_logits[t] = (logits[t] - log_sum[t]).exp()
+        d_logits[t, targets[t]] -= 1
+    return loss, d_logits @ weight, d_logits.T @ hidden, len(rows)
+
+
+def loss_and_gradients(hidden, weight, targets):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss, count = linear_cross_entropy(hidden, weight, targets)
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight)), count
+
+
+def targets_of(T: int, V: int) -> torch.Tensor:
+    """Every third row is not learned; the first and the last piece are among the others."""
+    return torch.tensor([IGNORE if t % 3 == 1 else (t * 5) % V for t in range(T)])
+
+
+@pytest.mark.parametrize("T, C, V", [(1, 1, 1), (7, 5, 11), (50, 33, 101)])
+@pytest.mark.parametrize("scale", [1.0, 300.0])  # exp(300) is no fp32 number
+def test_the_loss_and_its_gradients_equal_the_formula(T, C, V, scale):
+    inputs = scale * random(T, C), random(V, C, seed=1), targets_of(T, V)
+    *ours, count = loss_and_gradients(*inputs)
+    *theirs, exact_count = loss_exact(*inputs)
+    assert count == exact_count
+    for mine, right in zip(ours, theirs, strict=True):  # all zeros if there is only one piece
+        assert_near(mine, right, units=4 * scale + 60)
+
+
+def test_ignored_rows_give_no_loss_and_exactly_no_gradient():
+    hidden, weight, targets = random(8, 5), random(11, 5, seed=1), targets_of(8, 11)
+    learned = targets != IGNORE
+    loss, d_hidden, d_weight, count = loss_and_gradients(hidden, weight, targets)
+    alone = loss_and_gradients(hidden[learned], weight, targets[learned])
+    assert_near(loss, alone[0].double())
+    assert_near(d_weight, alone[2].double())
+    assert (d_hidden[~learned] == 0).all() and (d_hidden[learned] != 0).all()
+    other = torch.where(learned[:, None], hidden, 1e4)  # whatever stands there
+    assert torch.equal(linear_cross_entropy(other, weight, targets)[0], loss)
+    assert count == learned.sum()
+
+
+@pytest.mark.parametrize("T", [0, 4])
+def test_without_any_target_loss_count_and_gradients_are_zero(T):
+    loss, d_hidden, d_weight, count = loss_and_gradients(
+        random(T, 5), random(11, 5, seed=1), torch.full((T,), IGNORE)
+    )
+    assert loss == 0 and count == 0 and (d_hidden == 0).all() and (d_weight == 0).all()
+
+
+def test_sums_and_counts_of_the_parts_add_up_to_those_of_the_whole():
+    hidden, weight, targets = random(9, 5), random(11, 5, seed=1), targets_of(9, 11)
+    whole = loss_and_gradients(hidden, weight, targets)
+    parts = [loss_and_gradients(hidden[cut], weight, targets[cut])
+             for cut in (slice(0, 1), slice(1, 2), slice(2, 9))]  # one part has no target
+    for i in (0, 2, 3):
+        torch.testing.assert_close(sum(part[i] for part in parts), whole[i])
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), whole[1])
+
+
+def test_bf16_logits_are_summed_up_in_fp32():
+    hidden, weight = random(40, 33, dtype=torch.bfloat16), random(101, 33, dtype=torch.bfloat16)
+    targets, logits = targets_of(40, 101), F.linear(hidden, weight)
+    loss, _ = linear_cross_entropy(hidden, weight, targets)
+    assert loss.dtype == torch.float32
+    exact, *_ = loss_exact(logits, torch.eye(101), targets)
+    assert_near(loss, exact)
+
+
+# ------------------------------------------------------------------------------------ the package
+
+
+def test_the_worked_examples_hold():
+    done = doctest.testmod(kernels.attention)
+    assert done.failed == 0 and done.attempted > 0
+
+
+def test_one_call_chooses_the_backend_of_the_process_and_an_unknown_one_is_refused(monkeypatch):
+    used = []
+    monkeypatch.setattr(kernels, "_backend", kernels.get_backend())
+    monkeypatch.setattr(kernels.attention, "interval_attention",
+                        lambda *args, backend, **kwargs: used.append(backend))
+    kernels.interval_attention(*range(5))
+    kernels.set_backend("reference")
+    kernels.interval_attention(*range(5))
+    kernels.interval_attention(*range(5), backend="torch")
+    assert used == ["torch", "reference", "torch"]
+    with pytest.raises(ValueError, match="'cuda'.*torch, reference"):
+        kernels.set_backend("cuda")
+    assert kernels.get_backend() == "reference"

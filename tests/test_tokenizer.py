@@ -1,0 +1,282 @@
+"""Laws of the tokenizer: any text comes back, and no text can produce a special token.
+
+pytest tests/test_tokenizer.py
+"""
+
+import doctest
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import tokenizer as tokenizer_module
+import world
+from tokenizer import (
+    SPECIAL_TOKENS,
+    Piece,
+    StreamDecoder,
+    Tokenizer,
+    answer_pieces,
+    question_pieces,
+    train_tokenizer,
+)
+
+ROOT = Path(tokenizer_module.__file__).parent
+BLANK = "\u2581"  # how SentencePiece writes a blank; typed by a user, it comes back as a blank
+NAMES = [*SPECIAL_TOKENS, "<s>", "</s>", "<unk>", "<pad>", "<0x41>", "<0xE2>"]
+WORDS = [" ", "  ", "\n", "\0", "a red cat", "User:", "12", "猫", "🐈", "e\u0301", "👩\u200d👧"]
+TEXTS = st.one_of(
+    st.text(st.characters(codec="utf-8", exclude_characters=BLANK)),
+    st.lists(st.sampled_from(NAMES + WORDS)).map("".join),
+)
+
+
+def train_with(path: Path, **options) -> Tokenizer:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=world.corpus(200), model_writer=path.open("wb"), minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, **options,
+    )
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="module", params=["ours", "like LLaMA's"])
+def t(request, tokenizer, tmp_path_factory) -> Tokenizer:
+    if request.param == "ours":
+        return tokenizer
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.model"
+    return train_with(path, model_type="bpe", vocab_size=400, byte_fallback=True)
+
+
+def byte_ids(t: Tokenizer, data: bytes) -> list[int]:
+    return [t.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in data]
+
+
+def said(t: Tokenizer, ids: list[int], fresh: bool = True) -> bytes:
+    """The bytes behind ordinary ids; fresh: without the blank in front of the text."""
+    parts = []
+    for i in ids:
+        piece = "\ufffd" if t.pieces.is_unknown(i) else t.pieces.id_to_piece(i)
+        raw = bytes([int(piece[3:-1], 16)]) if t.pieces.is_byte(i) else None
+        parts.append(raw or piece.replace(BLANK, " ").encode())
+    if fresh and ids and not t.pieces.is_byte(ids[0]):
+        parts[0] = parts[0].removeprefix(b" ")
+    return b"".join(parts)
+
+
+def squeezed(text: str) -> str:
+    """How many U+FFFD stand for a run of broken bytes is a matter of taste."""
+    return re.sub("\ufffd+", "\ufffd", text)
+
+
+# ------------------------------------------------------------------------------------- round trips
+
+
+@settings(deadline=None)
+@given(TEXTS)
+@example(" leading and trailing  ")
+def test_any_text_comes_back_as_it_was_and_none_of_it_is_unknown(t, text):
+    ids = t.encode(text)
+    assert t.decode(ids) == text == t.pieces.decode(ids)
+    assert t.pieces.unk_id() not in ids
+
+
+@settings(deadline=None)
+@given(TEXTS)
+@example("".join(NAMES))
+def test_no_text_produces_a_special_or_a_control_token(t, text):
+    for i in t.encode(text):
+        assert 0 <= i < t.vocab_size and not t.pieces.is_control(i)
+
+
+def test_special_tokens_stand_behind_the_last_piece_and_are_three_different_ones(t):
+    ids = [t.image_id, t.ret_id, t.end_id]
+    assert ids == [t.vocab_size + i for i in range(t.n_special)] and t.n_special == 3
+    assert [t.decode([i]) for i in ids] == ["<image>", "<ret>", "<end_of_utterance>"]
+    with pytest.raises(ValueError):
+        t.special_id("<s>")
+
+
+def test_digits_stay_single(tokenizer):
+    pieces = [tokenizer.pieces.id_to_piece(i) for i in tokenizer.encode("in 1984 0.125")]
+    digits = [piece for piece in pieces if re.search(r"\d", piece)]
+    assert digits == list("19840125")
+    assert not [p for p in map(tokenizer.pieces.id_to_piece, range(tokenizer.vocab_size))
+                if re.search(r"\d", p) and len(p) > 1 and not re.fullmatch("<0x..>", p)]
+
+
+# ----------------------------------------------------------------------------------------- streams
+
+
+@settings(deadline=None)
+@given(TEXTS)
+@example("👩‍👩‍👧e\u0301 猫")
+def test_a_stream_shows_every_character_with_its_last_byte_and_never_a_part_of_it(t, text):
+    stream, shown, ids = StreamDecoder(t), "", t.encode(text)
+    for n, i in enumerate(ids, start=1):
+        shown += stream.push(i)
+        assert shown == said(t, ids[:n]).decode(errors="ignore")  # ignored: a cut-off last one
+    assert shown + stream.flush() == text
+
+
+@settings(deadline=None)
+@given(st.one_of(st.binary(), st.lists(st.sampled_from(
+    ["🐈".encode(), "€".encode(), "é".encode(), b"a", b"\xf0\x9f", b"\xe2\x82", b"\xc3", b"\xff"]
+)).map(b"".join)))
+@example("🐈".encode()[:3])
+def test_bytes_that_are_no_utf8_spoil_no_character_beside_them(t, data):
+    stream, shown = StreamDecoder(t), ""
+    for i in byte_ids(t, data):
+        shown += stream.push(i)
+        assert len(stream.pending) <= 3  # a longer wait can bring nothing new
+    assert squeezed(shown + stream.flush()) == squeezed(data.decode(errors="replace"))
+
+
+def test_a_cut_off_character_ends_where_another_token_begins(t):
+    cut, cat = byte_ids(t, "é".encode()[:1]), t.encode("cat")
+    assert t.decode([*cut, *cat]) == "\ufffd cat"
+    assert t.decode([*cut, t.image_id, *cut]) == "\ufffd<image>\ufffd"
+    assert t.decode([*cut, t.eos_id, *byte_ids(t, "é".encode()[1:])]) == "\ufffd\ufffd"
+    assert t.decode(cut) == "\ufffd"
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_stream_of_any_ids_equals_its_stretches_between_special_tokens(t, data):
+    last, control = t.vocab_size - 1, [t.bos_id, t.eos_id]
+    ids = data.draw(st.lists(st.one_of(
+        st.integers(0, last), st.integers(last - 3, last + 3), st.sampled_from(control))))
+    text, stretch, fresh = "", [], True
+    for i in [*ids, t.eos_id]:
+        if i <= last and i not in control:
+            stretch.append(i)
+            continue
+        text += said(t, stretch, fresh).decode(errors="replace")
+        text += SPECIAL_TOKENS[i - last - 1] if i > last else ""
+        fresh, stretch = i > last or (fresh and not stretch), []
+    assert squeezed(t.decode(ids)) == squeezed(text)
+
+
+def test_control_tokens_vanish_and_do_not_keep_a_blank_alive(t):
+    assert t.decode([t.bos_id, *t.encode("a cat"), t.eos_id]) == "a cat"
+    assert t.decode([t.bos_id]) == t.decode([]) == ""
+
+
+def test_the_blank_in_front_of_a_text_is_dropped_at_the_start_and_behind_a_special_token(t):
+    ids = [*t.encode("User: hi"), t.end_id, *t.encode("Assistant:"), *t.encode("a cat")]
+    assert t.decode(ids) == "User: hi<end_of_utterance>Assistant: a cat"
+    assert t.decode([t.image_id, *t.encode(" a")]) == "<image> a"
+
+
+def test_an_unknown_character_is_shown_as_such(tmp_path):
+    t = train_with(tmp_path / "tokenizer.model", vocab_size=300, hard_vocab_limit=False)
+    assert t.decode(t.encode("a 猫 cat")) == "a \ufffd cat"
+
+
+# ----------------------------------------------------------------------------- files and processes
+
+
+def test_the_worked_example_holds(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "assets" / "tiny").mkdir(parents=True)
+    tokenizer.save(tmp_path / "assets" / "tiny" / "tokenizer.model")
+    monkeypatch.chdir(tmp_path)
+    done = doctest.testmod(tokenizer_module)
+    assert done.failed == 0 and done.attempted == 2
+
+
+@settings(deadline=None, max_examples=20)
+@given(TEXTS)
+def test_a_pickled_copy_writes_and_reads_the_same_ids(t, text):
+    copy = pickle.loads(pickle.dumps(t))
+    ids = t.encode(text)
+    assert copy.encode(text) == ids and copy.decode(ids) == text
+    assert (copy.image_id, copy.bos_id, copy.eos_id) == (t.image_id, t.bos_id, t.eos_id)
+
+
+def test_pickling_needs_no_file_and_leaves_the_original_as_it_was(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.model")
+    t = Tokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model").unlink()
+    copy = pickle.loads(pickle.dumps(t))
+    copy.save(tmp_path / "again.model")
+    assert (tmp_path / "again.model").read_bytes() == tokenizer.model_bytes
+    assert t.encode("a red cat") == copy.encode("a red cat") == tokenizer.encode("a red cat")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no model", b"\0" * 99, "cut"])
+def test_what_is_no_model_file_is_refused_with_its_path(tokenizer, tmp_path, content):
+    path = tmp_path / "tokenizer.model"
+    if content is not None:
+        path.write_bytes(tokenizer.model_bytes[:500] if content == "cut" else content)
+    for bad in (path, str(path), tmp_path):
+        with pytest.raises(ValueError, match="no such file|not a SentencePiece model") as error:
+            Tokenizer(bad)
+        assert str(error.value).startswith(f"{bad}: ") and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------- template
+
+
+def test_the_chat_template_is_learned_from_the_answer_on(tokenizer):
+    pieces = [*question_pieces("What is it?"), *answer_pieces("a red cat")]
+    assert pieces == [
+        Piece("User: What is it?", learn=False),
+        Piece("<end_of_utterance>", learn=False, special=True),
+        Piece("Assistant:", learn=False),
+        Piece("a red cat", learn=True),
+        Piece("<end_of_utterance>", learn=True, special=True),
+    ]
+    ids = [i for piece in pieces for i in (
+        [tokenizer.special_id(piece.text)] if piece.special else tokenizer.encode(piece.text))]
+    told = "User: What is it?<end_of_utterance>Assistant: a red cat<end_of_utterance>"
+    assert tokenizer.decode(ids) == told
+
+
+def test_an_empty_answer_is_only_its_end():
+    assert answer_pieces("") == [Piece("<end_of_utterance>", learn=True, special=True)]
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def test_the_same_texts_make_the_same_file_in_any_process():
+    program = (
+        "import pathlib, sys, tempfile, tokenizer, world\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    path = pathlib.Path(folder) / 'tokenizer.model'\n"
+        "    tokenizer.train_tokenizer(world.corpus(100), path, 400)\n"
+        "    sys.stdout.write(path.read_bytes().hex())"
+    )
+
+    def run(hash_seed):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        return subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=environment)
+
+    assert run("1") == run("2") != b""
+
+
+def test_a_tokenizer_has_at_most_the_pieces_asked_for_and_fewer_if_the_text_is_small(tmp_path):
+    sizes = []
+    for n in (330, 5000):
+        train_tokenizer((text for text in world.corpus(50)), tmp_path / "t.model", n)
+        sizes.append(Tokenizer(tmp_path / "t.model").vocab_size)
+    assert sizes[0] <= 330 < sizes[1] < 5000
+
+
+def test_the_words_of_a_small_world_become_whole_pieces(tokenizer):
+    for word in (*world.COLOURS, *world.KINDS):
+        assert len(tokenizer.encode(word)) == 1, word
+
+
+@pytest.mark.parametrize("texts, n", [([], 400), (["", "  \n\t"], 400), (["a cat"], 0),
+                                      (["a cat"], 100)])
+def test_no_text_and_too_few_pieces_are_one_error_and_no_file(tmp_path, texts, n):
+    with pytest.raises(ValueError, match="no text|no tokenizer of") as error:
+        train_tokenizer(iter(texts), tmp_path / "t.model", n)
+    assert "\n" not in str(error.value) and not (tmp_path / "t.model").exists()
