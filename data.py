@@ -237,8 +237,8 @@ def pixels(reference: object, size: int) -> Tensor:
 class DrawnWorld:
     """Endless samples of the drawn world; sample i is scene i of the seed, drawn when asked for.
 
-    stage "pretrain": a picture's caption, a phrase of it grounded with a box, and the search for
-    it. stage "instruct": a conversation about one picture, or a comparison of two, or a request
+    stage "pretrain": captions of a picture, now and then the search for it and a phrase grounded
+    with a box. stage "instruct": a conversation about one picture, or a comparison of two, or a request
     that is answered with a picture.
     """
 
@@ -258,8 +258,10 @@ class DrawnWorld:
         scene = world.make_scene(seed, self.split)
         picture = self.picture(scene)
         caption, search = caption_documents(picture, world.caption(scene, rng))
-        grounded, _ = caption_documents(picture, world.grounded_phrase(scene, rng))
-        return [caption, search if rng.random() < 0.5 else grounded]
+        regions, _ = caption_documents(picture, region_caption(scene, rng))
+        phrase, _ = caption_documents(picture, world.grounded_phrase(scene, rng))
+        rare = [(caption, 0.5), (search, 0.25), (phrase, 0.25)]
+        return [regions, *(document for document, share in rare if rng.random() < share)]
 
     def instruct(self, seed: int, rng: random.Random) -> list[Document]:
         scene = world.make_scene(seed, self.split)
@@ -277,6 +279,12 @@ class DrawnWorld:
         else:
             turns[0] = ([picture], *turns[0][1:])
         return [chat_document(turns)]
+
+
+def region_caption(scene: world.Scene, rng: random.Random) -> str:
+    """A caption that says where before what, things in any order: easier to learn to look from."""
+    things = rng.sample(scene.things, len(scene.things))
+    return ", ".join(f"{world.at(t.place)} {world.a(t.name)}" for t in things) + "."
 
 
 class Pairs:

@@ -337,6 +337,9 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, pairs: list
     with input_errors():
         examples = example_pictures(source(config, pairs, config.stages[0], size), size, n=256)
     model.vision.patch_embed.whiten(model.vision.normalise(examples))
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            nn.init.constant_(parameter, config.gate_start)
     return model, tokenizer
 
 

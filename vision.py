@@ -289,7 +289,7 @@ def position_table(config: VisionConfig) -> Tensor:
     angles = torch.stack([y, x]).flatten(1)[:, :, None] * frequency  # (2, P, C/4)
     table = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (2, P, C/2)
     table = F.pad(table.permute(1, 0, 2).flatten(1), (0, config.dim - 4 * n))  # (P, C)
-    return torch.cat([torch.zeros(1, config.dim), table])
+    return 2 * torch.cat([torch.zeros(1, config.dim), table])
 
 
 class ResamplerBlock(nn.Module):

@@ -24,6 +24,7 @@ from data import (
     chat_document,
     collate,
     encode,
+    example_pictures,
     loader,
     pixels,
     prompts,
@@ -490,3 +491,22 @@ def test_a_pair_is_a_caption_its_search_and_a_question_all_of_one_picture(pairs)
     assert question == chat_document([([reference], "What is in the picture?", words)])
     n = int(words.split()[1])
     assert np.array_equal(np.asarray(reference), picture(n))
+
+
+def test_example_pictures_are_those_shown_first_but_for_those_that_cannot_be_read(pairs):
+    source = Pairs(pairs, seed=0)
+    shown = [pixels(source[n][0][0].reference, SIZE) for n in range(5)
+             if captions(source[n]) != "picture 2"]
+    broken(pairs[2])
+    assert torch.equal(example_pictures(source, SIZE, n=5), torch.stack(shown))
+    with pytest.raises(ValueError, match="none of the first 3 pictures can be read"):
+        example_pictures(Pairs([pairs[2]], seed=0), SIZE, n=3)
+
+
+@pytest.mark.parametrize("stage", [
+    "pretrain",
+    pytest.param("instruct", marks=pytest.mark.xfail(
+        strict=True, raises=AttributeError, reason="a request begins with words, not a picture")),
+])
+def test_every_stage_of_the_drawn_world_has_example_pictures(stage):
+    assert example_pictures(DrawnWorld(stage, SIZE, seed=0), SIZE, n=20).shape[1:] == (3, 16, 16)
