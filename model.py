@@ -25,8 +25,9 @@ Dimensions, here and everywhere:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -76,7 +77,8 @@ class DecoderConfig:
         if self.visible_images not in ("latest", "all"):
             raise ValueError(f"visible_images {self.visible_images!r}: choose 'latest' or 'all'")
         if (self.visible_images == "all") != (self.max_images > 0):
-            raise ValueError("max_images must be above 0 for visible_images 'all', else 0")
+            raise ValueError(f"max_images {self.max_images} does not fit visible_images "
+                             f"{self.visible_images!r}: above 0 for 'all', else 0")
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,12 @@ class SelfAttention(nn.Module):
         self.v_proj = linear(c.dim, c.n_kv_heads * c.head_dim)
         self.o_proj = linear(c.n_heads * c.head_dim, c.dim, std_scale=(2 * c.n_layers) ** -0.5)
 
-    def forward(self, x: Tensor, rope: tuple, span: Span, cache: "LayerCache | None") -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, span: Span, append: Callable | None) -> Tensor:
         q = apply_rope(heads(self.q_proj(x), self.head_dim), *rope)  # (T, H, D)
         k = apply_rope(heads(self.k_proj(x), self.head_dim), *rope)  # (T, Hkv, D)
         v = heads(self.v_proj(x), self.head_dim)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (S, Hkv, D): every slot, written so far or not
+        if append is not None:
+            k, v = append(k, v)  # (S, Hkv, D): with what the cache holds
         o = interval_attention(q, k, v, span.start, span.end, hints=span.hints)
         return self.o_proj(o.flatten(1))
 
@@ -177,9 +179,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = SwiGLU(c)
 
-    def forward(self, x: Tensor, rope: tuple, span: Span,
-                cache: "LayerCache | None" = None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, span, cache)
+    def forward(self, x: Tensor, rope: tuple, span: Span, append: Callable | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, span, append)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -326,15 +327,12 @@ class VisionLanguageModel(nn.Module):
         x = F.embedding(tokens, torch.cat([self.embed, self.special_embed]))  # (T, C)
         sees = (seen.start < seen.end)[:, None].to(x.dtype)  # (T, 1)
         for i, block in enumerate(self.blocks):
-            if (cross := self.cross_block(i)) is not None:
+            if str(i) in self.cross_blocks:
+                cross = self.cross_blocks[str(i)]
                 cached = cache.pictures(i, cross, pictures) if cache else None
                 x = cross(x, pictures, seen, sees, cached)
-            x = block(x, rope, text, cache.layers[i] if cache else None)
+            x = block(x, rope, text, partial(cache.append, i) if cache else None)
         return self.norm(x)
-
-    def cross_block(self, layer: int) -> GatedCrossAttentionBlock | None:
-        """The gated block in front of this layer, if it has one."""
-        return self.cross_blocks[str(layer)] if str(layer) in self.cross_blocks else None
 
     def image_span(self, batch: Batch) -> Span:
         """Intervals in pictures -> intervals in picture tokens."""
@@ -368,29 +366,25 @@ def heads(x: Tensor, head_dim: int) -> Tensor:
 # ----------------------------------------------------------------------------------------- writing
 
 
-class LayerCache:
-    """Keys and values of one layer: B slots of max_len rows each, laid end to end."""
-
-    def __init__(self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype):
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.rows = torch.zeros(0, dtype=torch.int64)  # where the next tokens are written
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k.index_copy_(0, self.rows, k)
-        self.v.index_copy_(0, self.rows, v)
-        return self.k, self.v
-
-
 class KVCache:
-    """What the decoder keeps while it writes: its own keys and values, and the pictures' ones."""
+    """What the decoder keeps while it writes: its own keys and values, and the pictures' ones.
+
+    Each of the n_slots documents has max_len rows of its own, slots laid end to end.
+    """
 
     def __init__(self, model: VisionLanguageModel, n_slots: int, max_len: int):
         c, weight = model.config.decoder, model.embed
+        shape = (2, c.n_layers, n_slots * max_len, c.n_kv_heads, c.head_dim)
+        self.k, self.v = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         self.max_len = max_len
-        shape = (n_slots * max_len, c.n_kv_heads, c.head_dim)
-        self.layers = [LayerCache(shape, weight.device, weight.dtype) for _ in range(c.n_layers)]
+        self.rows: Tensor | None = None  # where the next tokens are written
         self.picture_kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (T, Hkv, D) to the rows; returns all (S, Hkv, D), written so far or not."""
+        self.k[layer].index_copy_(0, self.rows, k)
+        self.v[layer].index_copy_(0, self.rows, v)
+        return self.k[layer], self.v[layer]
 
     def pictures(self, layer: int, block: GatedCrossAttentionBlock, pictures: Tensor | None):
         if layer not in self.picture_kv:
@@ -399,11 +393,10 @@ class KVCache:
 
     def span(self, slots: list[int], positions: list[int]) -> Span:
         """Prepare to write at these places; every token sees its own slot up to itself."""
-        start, device = torch.tensor(slots) * self.max_len, self.layers[0].k.device
+        start = torch.tensor(slots) * self.max_len
         rows = start + torch.tensor(positions)
-        for layer in self.layers:
-            layer.rows = rows.to(device)
-        return span_of(start, rows + 1, device)
+        self.rows = rows.to(self.k.device)
+        return span_of(start, rows + 1, self.k.device)
 
 
 class Step(NamedTuple):
@@ -452,7 +445,7 @@ def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int = 
         going = []
         for row, (document, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
             yield Step(document, token, logprobs[row], hidden[row])
-            if token not in stop and lengths[document] < longest:
+            if token not in stop and lengths[document] + 1 < longest:
                 going.append(row)
         live = [live[row] for row in going]
         if not live:

@@ -68,7 +68,7 @@ def test_the_model_knows_neither_files_nor_other_processes():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_can_be_read_in_one_sitting(path):
     core = path.name in CORE or path.parent.name == "kernels"
-    assert len(path.read_text().splitlines()) <= (450 if core else 700)
+    assert len(path.read_text().splitlines()) <= (480 if core else 700)
 
 
 def test_nothing_is_loaded_loosely_or_unpickled():

@@ -207,6 +207,7 @@ SEEDS = [encoded(Image.fromarray(NOISE).convert(mode), format)
                               ("CMYK", "JPEG"), ("P", "GIF"), ("RGB", "BMP"), ("RGBA", "WEBP"))]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(SEEDS), st.floats(0, 1),
        st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=5))
@@ -215,10 +216,12 @@ def test_any_damage_ends_in_an_rgb_picture_or_in_one_line(data, kept, changes):
     for place, byte in changes:
         data[place % len(data)] = byte
     data = bytes(data[: len(data) if kept > 0.5 else int(2 * kept * len(data))])
-    try:
-        assert open_image(data).mode == "RGB"
-    except ValueError as error:
-        assert re.fullmatch("picture: .+", str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a broken size would take a minute
+        try:
+            assert open_image(data).mode == "RGB"
+        except ValueError as error:
+            assert re.fullmatch("picture: .+", str(error))
 
 
 # -------------------------------------------------------------------------------------- preprocess
@@ -399,6 +402,38 @@ def test_the_intervals_say_the_same_as_the_hints(monkeypatch):
 def test_a_config_that_cannot_be_built_is_refused_with_its_values(changes, match):
     with pytest.raises(ValueError, match=match):
         replace(VIT, **changes)
+
+
+@torch.no_grad()
+def test_whitened_patches_are_uncorrelated_and_equally_strong_along_the_strongest_directions():
+    vit = VisionTransformer(VIT).double()
+    images = some_images(40)
+    images[:, :, 1:] //= 2
+    images[:, :, 1:] += images[:, :, :-1] // 2  # neighbours are alike, as in any picture
+    images = vit.normalise(images)
+    vit.patch_embed.whiten(images, gain=3.0, eps=0.0)
+    features = vit.patch_embed(images).flatten(0, 1).numpy()
+    np.testing.assert_allclose(features.T @ features / len(features), 9 * np.eye(32), atol=1e-9)
+    patches = F.unfold(images, 8, stride=8).transpose(1, 2).flatten(0, 1).numpy()
+    strongest = np.linalg.svd(patches)[2][:32]
+    filters = vit.patch_embed.weight.flatten(1).numpy()
+    np.testing.assert_allclose(filters @ strongest.T @ strongest, filters, atol=1e-9)
+
+
+@torch.no_grad()
+def test_flat_pictures_can_be_whitened_and_spare_features_start_at_zero():
+    vit = VisionTransformer(replace(VIT, patch_size=2))  # a patch of 12 numbers, 32 features
+    images = vit.normalise(torch.full((3, 3, 24, 24), 7, dtype=torch.uint8))
+    vit.patch_embed.whiten(images)
+    features = vit.patch_embed(images)
+    assert features.isfinite().all() and (features[..., 12:] == 0).all()
+
+
+def test_keys_start_equal_to_queries_and_learn_on_their_own():
+    for block in VisionTransformer(VIT).blocks:
+        q, k = block.attn.q_proj, block.attn.k_proj
+        assert torch.equal(q.weight, k.weight) and q.weight is not k.weight
+        assert (q.bias == 0).all() and (k.bias == 0).all()
 
 
 @pytest.mark.parametrize("dim", [32, 30])  # 30: no multiple of the four sines and cosines
