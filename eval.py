@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import world
 from config import Parser, input_errors, run_main
@@ -26,7 +27,6 @@ from weights import load_model
 
 GALLERY = 50  # pictures among which a <ret> has to find the right one
 BATCH = 64  # questions answered side by side
-KINDS = (*world.KINDS_OF_QUESTION,)
 NAMES = {"what": "what", "colour": "colour", "yes/no": "yes/no", "how many": "how many",
          "where": "where", "box": "box, IoU ≥ 0.5", "find": "find in a box",
          "caption": "whole caption", "compare": "compare two", "ret": f"<ret>, first of {GALLERY}"}
@@ -63,7 +63,8 @@ def answers(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list,
 def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: int, *,
               seed: int = 0, split: str = "test", blank: bool = False) -> list[Asked]:
     """Ask n questions of one kind about unseen scenes, with their pictures or with blank ones."""
-    questions, size = world.exam(kind, n, seed, split), model.config.vision.image_size
+    n_asked = max(n, GALLERY) if kind == "ret" else n  # a gallery is never smaller
+    questions, size = world.exam(kind, n_asked, seed, split), model.config.vision.image_size
 
     def picture(scene: world.Scene) -> np.ndarray:
         return np.full((size, size, 3), 127, np.uint8) if blank else np.asarray(
@@ -73,7 +74,7 @@ def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: in
         right = find_pictures(model, tokenizer, [q.question for q in questions],
                               [picture(q.scenes[0]) for q in questions])
         return [Asked(kind, q.question, "", "", bool(r))
-                for q, r in zip(questions, right, strict=True)]
+                for q, r in zip(questions, right, strict=True)][:n]
     documents = [chat_document([([picture(s) for s in q.scenes], q.question, None)])
                  for q in questions]
     asked = []
@@ -102,16 +103,17 @@ def find_pictures(model: VisionLanguageModel, tokenizer: Tokenizer, requests: li
         images.append(out.image_features)
     similarity = (torch.cat(texts) @ torch.cat(images).T).cpu()
     n = len(requests)
-    others = (torch.arange(n)[:, None] + torch.arange(1, min(GALLERY, n))) % n
+    others = (torch.arange(n)[:, None] + torch.arange(1, GALLERY)) % n
     return similarity.diag() > similarity.gather(1, others).max(1).values
 
 
-def drawn_exam(model, tokenizer, n: int, *, kinds=KINDS, seed: int = 0, baseline: bool = True,
-               new: bool = True) -> dict[str, dict[str, float]]:
+def drawn_exam(model, tokenizer, n: int, *, kinds=world.KINDS_OF_QUESTION, seed: int = 0,
+               baseline: bool = True, new: bool = True) -> dict[str, dict[str, float]]:
     """Accuracy by kind: {"test": {...}, "blank": {...}, "new": {...}}, each 0..1."""
     def accuracy(**how):
+        progress = tqdm(kinds, "exam", disable=None, leave=False)
         return {kind: sum(a.right for a in ask_drawn(model, tokenizer, kind, n, seed=seed, **how))
-                / n for kind in kinds}
+                / n for kind in progress}
 
     report = {"test": accuracy()}
     if baseline:

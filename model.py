@@ -77,8 +77,7 @@ class DecoderConfig:
         if self.visible_images not in ("latest", "all"):
             raise ValueError(f"visible_images {self.visible_images!r}: choose 'latest' or 'all'")
         if (self.visible_images == "all") != (self.max_images > 0):
-            raise ValueError(f"max_images {self.max_images} does not fit visible_images "
-                             f"{self.visible_images!r}: above 0 for 'all', else 0")
+            raise ValueError(f"max_images {self.max_images}: for 'all' above 0, for 'latest' 0")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ learns captions first (everything trained), then conversations (the ViT frozen).
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -80,7 +81,8 @@ def main() -> None:
     out = prepare_folder(config, ranks)
     checkpoint = latest_checkpoint(out) if config.resume else None
     state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
-
+    if config.resume and ranks.is_first:
+        forget_later_lines(out / "log.jsonl", state.get("log_size", 0))
     dtype, stopping = pick_dtype(config.dtype, device), stop_on_signals()
     sharded = ranks.size > 1 or dtype != torch.float32
     if sharded:
@@ -141,7 +143,8 @@ def train_stage(run: Run, number: int, first_step: int, restore: Path | None) ->
             evaluate(run, name, done, validation)
         stop = asked_to_stop(run)
         if stop or done == n_steps or (c.checkpoint_every and done % c.checkpoint_every == 0):
-            state = {"stage": number, "step": done, "seconds": run.seconds, "reached": run.reached}
+            state = {"stage": number, "step": done, "seconds": run.seconds, "reached": run.reached,
+                     "log_size": log_path(run).stat().st_size if run.ranks.is_first else 0}
             steps_before = sum(c.stage_steps(i) for i in range(number))
             save_checkpoint(run.out, steps_before + done, run.model, optimizer, state, c.keep)
         if stop:
@@ -244,8 +247,12 @@ def say(run: Run, line: str) -> None:
 
 def write_log(run: Run, record: dict) -> None:
     if run.ranks.is_first:
-        with open(run.out / "log.jsonl", "a", encoding="utf-8") as file:
+        with open(log_path(run), "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def log_path(run: Run) -> Path:
+    return run.out / "log.jsonl"
 
 
 # ------------------------------------------------------------------------------------- setting up
@@ -303,11 +310,22 @@ def prepare_folder(config: TrainConfig, ranks: Ranks) -> Path:
     return out
 
 
+def forget_later_lines(log: Path, size: int) -> None:
+    """Cut a log back to what it was at the checkpoint; the steps behind it are made again."""
+    if log.is_file() and log.stat().st_size > size:
+        os.truncate(log, size)
+
+
 def stop_on_signals() -> threading.Event:
-    """Ctrl-C and SIGTERM no longer end the program; they set the event."""
+    """Ctrl-C and SIGTERM set the event instead of ending the program; a second Ctrl-C ends it."""
     stopping = threading.Event()
+
+    def stop(number, frame):
+        stopping.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, stop)
     return stopping
 
 

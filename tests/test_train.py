@@ -122,9 +122,8 @@ def test_a_resumed_run_computes_what_it_would_have_computed(finished, tmp_path, 
         if int(folder.name[5:]) > stopped_at:
             (folder / "state.json").unlink()  # as if it had been stopped while writing it
     shutil.rmtree(out / "model")
-    (out / "log.jsonl").unlink()
     finish(start("--resume", out))
-    assert curve(out) == curve(finished)[stopped_at:]
+    assert curve(out) == curve(finished)
     final, again = (load_model(folder / "model")[0].state_dict() for folder in (finished, out))
     assert all(torch.equal(final[name], again[name]) for name in final)
 
@@ -149,7 +148,7 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path):
     arguments = [*QUICK, "--max-steps", 1, "--resume", "auto", "--out", tmp_path / "run"]
     finish(start(*arguments))
     first = curve(tmp_path / "run")
-    assert "stage instruct: steps 1 to 1" in finish(start(*arguments))
+    assert "stage instruct: steps 1 to 1," in finish(start(*arguments))
     assert curve(tmp_path / "run") == first
 
 
@@ -211,9 +210,8 @@ def test_a_run_stopped_on_two_processes_goes_on_with_one(finished, tmp_path):
     for folder in (out / "checkpoints").iterdir():
         if int(folder.name[5:]) > 6:
             (folder / "state.json").unlink()
-    (out / "log.jsonl").unlink()
     finish(start("--resume", out))
-    assert_same_losses(curve(out), curve(finished)[6:])
+    assert_same_losses(curve(out), curve(finished))
 
 
 @pytest.mark.slow

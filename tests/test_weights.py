@@ -68,11 +68,14 @@ def test_the_file_holds_our_own_names_and_nothing_else(folder, tiny_model):
     assert set(load_file(folder / "model.safetensors")) == set(tiny_model().state_dict())
 
 
-def test_saving_again_replaces_the_whole_model(folder, tiny_model, tokenizer):
-    model = tiny_model(seed=1, n_kv_heads=1)
-    save_model(str(folder), model.config, model.state_dict(), tokenizer)
-    loaded, _ = load_model(str(folder))
+def test_saving_again_replaces_the_whole_model(folder, tiny_model, tmp_path):
+    train_tokenizer(world.corpus(20), tmp_path / "other.model", vocab_size=320)
+    other = Tokenizer(tmp_path / "other.model")
+    model = tiny_model(seed=1, n_kv_heads=1, vocab_size=other.vocab_size)
+    save_model(str(folder), model.config, model.state_dict(), other)
+    loaded, its_tokenizer = load_model(str(folder))
     assert torch.equal(loaded.embed, model.embed) and loaded.config == model.config
+    assert its_tokenizer.model_bytes == other.model_bytes
 
 
 def test_weights_are_loaded_in_the_dtype_asked_for(folder, tiny_model):
