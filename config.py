@@ -34,7 +34,7 @@ class TrainConfig:
                              "that these flags would write, if it exists")
 
     stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order")
-    steps: tuple[int, ...] = option((4000, 2500), "optimizer steps of each stage")
+    steps: tuple[int, ...] = option((2000, 1500), "optimizer steps of each stage")
     lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage")
     min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage")
     warmup_steps: tuple[int, ...] = option((50, 50), "steps of linear warm-up of each stage")
@@ -42,7 +42,7 @@ class TrainConfig:
                                      "vision, decoder or vision+decoder")
     max_steps: int = option(0, "cut every stage down to this many steps (0: as preset)")
 
-    batch_size: int = option(16, "samples of one optimizer step, over all ranks together")
+    batch_size: int = option(32, "samples of one optimizer step, over all ranks together")
     grad_accum_steps: int = option(1, "micro-batches in which each rank works through a step")
     gate_start: float = option(0.0, "where the gates of a model from nothing start, before tanh")
     gate_lr_scale: float = option(1.0, "gates learn at this multiple of the learning rate")
