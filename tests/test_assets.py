@@ -4,6 +4,7 @@ pytest tests/test_assets.py              a short exam
 pytest tests/test_assets.py -m slow      the whole one, as in the README's table
 """
 
+import json
 import subprocess
 import sys
 import time
@@ -31,17 +32,18 @@ def test_the_built_in_model_is_small(tiny):
 
 def test_the_built_in_model_answers_a_short_exam(tiny):
     report = eval.drawn_exam(*tiny, 50, kinds=world.MAIN_KINDS, seed=3, baseline=True, new=False)
-    assert eval.main_accuracy(report["test"]) >= 0.90
-    assert eval.main_accuracy(report["blank"]) <= 0.50  # it is the picture that tells
+    assert eval.main_accuracy(report["test"]) >= 0.65
+    assert eval.main_accuracy(report["blank"]) <= 0.35  # it is the picture that tells
 
 
 @pytest.mark.slow
-def test_the_built_in_model_keeps_the_promises_of_the_readme(tiny):
-    report = eval.drawn_exam(*tiny, 300, baseline=False)
-    assert eval.main_accuracy(report["test"]) >= 0.95
-    assert eval.main_accuracy(report["new"]) >= 0.88
-    for kind, least in (("box", 0.85), ("compare", 0.90), ("ret", 0.90)):
-        assert report["test"][kind] >= least, kind
+def test_the_built_in_model_answers_as_well_as_the_readme_says(tiny):
+    written = json.loads((ROOT / "results" / "cpu.jsonl").read_text().splitlines()[-1])["report"]
+    found = eval.drawn_exam(*tiny, 300)
+    for column, kinds in written.items():
+        for kind, accuracy in kinds.items():
+            assert abs(found[column][kind] - accuracy) <= 0.02, (column, kind)
+    assert eval.table(written).splitlines()[2] in (ROOT / "README.md").read_text()
 
 
 def test_the_built_in_model_describes_the_cat(cli):
