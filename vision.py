@@ -179,10 +179,12 @@ class PatchEmbed(nn.Module):
         its mean colour, and shape is learned late. Divided by their standard deviation, edges
         speak as loudly as colour. (As in K. Jordan's CIFAR-10 speed runs, arXiv:2404.00498.)
         """
-        patches = self.cut(images).flatten(0, 1)  # (I * P, 3pp)
+        patches = self.cut(images).flatten(0, 1).double()  # (I * P, 3pp)
         variance, direction = torch.linalg.eigh(patches.T @ patches / len(patches))
         n = min(len(self.weight), len(variance))  # the n largest stand last
         filters = direction[:, -n:] / (variance[-n:] + eps).sqrt()  # (3pp, n)
+        # An eigenvector's sign is arbitrary, and every number of threads would choose its own.
+        filters *= filters.gather(0, filters.abs().argmax(0, keepdim=True)).sign()
         self.weight.zero_()[:n] = gain * filters.T.view_as(self.weight[:n])
 
 
