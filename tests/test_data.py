@@ -441,14 +441,19 @@ def test_only_scenes_of_the_split_are_drawn_and_no_new_combination_is_told(
 
 
 def test_pretraining_tells_each_thing_of_a_picture_and_now_and_then_more_or_asks_for_it():
-    source, kinds = DrawnWorld("pretrain", SIZE, seed=1), set()
+    source, kinds, starts = DrawnWorld("pretrain", SIZE, seed=1), set(), set()
     for i in range(40):
         regions, *rest = source[i]
         image, words = regions
         scene = world.make_scene(source.seed + i)
         assert np.array_equal(image.reference, world.draw(scene, SIZE))
-        assert sorted(words.string.rstrip(".").split(", ")) == sorted(
-            f"{world.at(t.place)} {world.a(t.name)}" for t in scene.things)
+        told = words.string.rstrip(".").split(", ")
+        assert len(told) == len(scene.things)
+        for t in scene.things:  # from place to thing, or from kind to place and colour
+            ways = {f"{world.at(t.place)} {world.a(t.name)}",
+                    f"the {t.kind} {world.at(t.place)} is {t.colour}"}
+            assert len(ways.intersection(told)) == 1
+            starts.add(next(iter(ways.intersection(told))).startswith("the "))
         for document in (regions, *rest):  # all of one picture, so that it is encoded once
             shown = document[0] if isinstance(document[0], Image) else document[-1]
             assert len(document) == 2 and shown.reference is image.reference
@@ -456,7 +461,7 @@ def test_pretraining_tells_each_thing_of_a_picture_and_now_and_then_more_or_asks
         kinds |= {"search" if isinstance(d[-1], Ret) else
                   "box" if "[" in d[-1].string else "caption" for d in rest}
         assert not any(d[-1].learn for d in rest if isinstance(d[-1], Ret))
-    assert kinds == {"search", "box", "caption"}
+    assert kinds == {"search", "box", "caption"} and starts == {True, False}
 
 
 def test_instruction_samples_are_about_one_picture_two_or_one_to_be_found():
