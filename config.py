@@ -91,8 +91,8 @@ class TrainConfig:
 
 
 TINY = ModelConfig(
-    # Nine patches, one for each place of the drawn world: a ViT of 64 patches learns shapes there,
-    # too, but from ten times as many pictures (LOG.md).
+    # Nine patches, one for each place of the drawn world: from 64 patches, kinds are learned more
+    # slowly (LOG.md).
     vision=VisionConfig(image_size=60, patch_size=20, dim=128, n_layers=3, n_heads=4, head_dim=32,
                         hidden_dim=512, activation="gelu", embed_dim=128),
     decoder=DecoderConfig(vocab_size=1000, dim=128, n_layers=4, n_heads=4, n_kv_heads=4,
