@@ -34,7 +34,7 @@ class TrainConfig:
                              "that these flags would write, if it exists")
 
     stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order")
-    steps: tuple[int, ...] = option((2000, 1500), "optimizer steps of each stage")
+    steps: tuple[int, ...] = option((2600, 600), "optimizer steps of each stage")
     lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage")
     min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage")
     warmup_steps: tuple[int, ...] = option((50, 50), "steps of linear warm-up of each stage")
@@ -59,7 +59,7 @@ class TrainConfig:
     dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32",
                         ("auto", "float32", "bfloat16"))
     workers: int = option(1, "processes a rank that prepare data ahead")
-    eval_every: int = option(500, "steps between evaluations (0: only at the end)")
+    eval_every: int = option(250, "steps between evaluations (0: only at the end)")
     eval_questions: int = option(60, "questions of each kind in an evaluation on the way")
     exam_questions: int = option(300, "questions of each kind in the last evaluation")
     checkpoint_every: int = option(500, "steps between checkpoints (0: only when stopped)")
@@ -95,8 +95,8 @@ TINY = ModelConfig(
     # slowly (LOG.md).
     vision=VisionConfig(image_size=60, patch_size=20, dim=128, n_layers=3, n_heads=4, head_dim=32,
                         hidden_dim=512, activation="gelu", embed_dim=128),
-    decoder=DecoderConfig(vocab_size=1000, dim=128, n_layers=4, n_heads=4, n_kv_heads=4,
-                          head_dim=32, hidden_dim=384, max_seq_len=1024, cross_attn_every=2,
+    decoder=DecoderConfig(vocab_size=1000, dim=128, n_layers=4, n_heads=8, n_kv_heads=8,
+                          head_dim=16, hidden_dim=384, max_seq_len=1024, cross_attn_every=2,
                           visible_images="all", max_images=8),
     contrastive_dim=128,
 )

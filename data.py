@@ -244,9 +244,9 @@ SHARES = {"what": 4, "colour": 4, "yes/no": 6, "how many": 5, "where": 5, "box":
 class DrawnWorld:
     """Endless samples of the drawn world; sample i is scene i of the seed, drawn when asked for.
 
-    stage "pretrain": captions of a picture, now and then the search for it and a phrase grounded
-    with a box. stage "instruct": a conversation about one picture, or a comparison of two, or a
-    request that is answered with a picture.
+    stage "pretrain": short captions of a picture's things, now and then a whole caption, the
+    search for it, a phrase grounded with a box. stage "instruct": conversations of one to eight
+    turns about one picture, or about two to compare, or about one that was asked for.
     """
 
     def __init__(self, stage: str, size: int, seed: int, split: str = "train"):
@@ -264,11 +264,11 @@ class DrawnWorld:
     def pretrain(self, seed: int, rng: random.Random) -> list[Document]:
         scene = world.make_scene(seed, self.split)
         picture = self.picture(scene)
+        said = [caption_documents(picture, words)[0] for words in short_captions(scene, rng)]
         caption, search = caption_documents(picture, world.caption(scene, rng))
-        regions, _ = caption_documents(picture, region_caption(scene, rng))
         phrase, _ = caption_documents(picture, world.grounded_phrase(scene, rng))
-        rare = [(caption, 0.5), (search, 0.5), (phrase, 0.25)]
-        return [regions, *(document for document, share in rare if rng.random() < share)]
+        rare = [(caption, 0.2), (search, 0.5), (phrase, 0.1)]
+        return said + [document for document, share in rare if rng.random() < share]
 
     def questions(self, scene: world.Scene, rng: random.Random, n: int) -> list[world.Question]:
         """n questions of kinds drawn by SHARES."""
@@ -284,28 +284,57 @@ class DrawnWorld:
         if kind < 0.15:  # two pictures, interleaved
             near = rng.random() < 0.7
             other = world.edited(scene, rng) if near else world.make_scene(seed + 2**60, self.split)
+            pictures = [picture, self.picture(other)]
             asked = [world.compare(scene, other, rng) for _ in range(4)]
-            turns = [([], q.question, q.answer) for q in asked]
-            turns[0] = ([picture, self.picture(other)], *turns[0][1:])
-            return [chat_document(turns)]
-        turns = [([], q.question, q.answer) for q in self.questions(scene, rng, 8)]
-        if kind < 0.4:  # answered with a picture, which is then talked about
-            turns.insert(0, ([], world.request(scene, rng), Ret(picture)))
         else:
-            turns[0] = ([picture], *turns[0][1:])
-        return [chat_document(turns)]
+            pictures, asked = [picture], self.questions(scene, rng, 8)
+        turns = [([], q.question, q.answer) for q in asked]
+        if 0.15 <= kind < 0.3:  # answered with a picture, which is then talked about
+            return [chat_document([([], world.request(scene, rng), Ret(picture)), *turns])]
+        return conversations(pictures, turns, rng)
 
 
-def region_caption(scene: world.Scene, rng: random.Random) -> str:
-    """A caption that goes from place to thing, or from kind to place and colour, in any order.
+def short_captions(scene: world.Scene, rng: random.Random) -> list[str]:
+    """One fact each: every thing twice, the second time from its kind, and one count.
 
-    "a red cat at the top" can be learned by looking for red alone. Only where the kind comes first
-    does a model learn to look for a cat, and without that half of the questions stay guesses.
+    What a caption names first is what the model has to look *for* to say the rest. "A red cat at
+    the top" can be learned by looking for red alone; after it, half of all questions stay guesses.
+    Short documents matter as much: in a long one, the word to look for is one among many (LOG.md).
     """
-    phrases = [f"{world.at(t.place)} {world.a(t.name)}" if rng.random() < 0.5 else
-               f"the {t.kind} {world.at(t.place)} is {t.colour}"
-               for t in rng.sample(scene.things, len(scene.things))]
-    return ", ".join(phrases) + "."
+    captions = []
+    for t in scene.things:
+        at, kind = world.at(t.place), world.a(t.kind)
+        from_place = f"{at} {rng.choice((world.a(t.name), kind))}."
+        from_colour = f"the {t.colour} thing is {rng.choice((f'{kind} {at}', at))}."
+        captions.append(rng.choice((from_place, from_colour)))
+        rest = rng.choice((f"{t.colour}, {at}", f"{at}, {t.colour}"))
+        captions.append(f"the {t.kind} is {rest}.")
+    return [*captions, count_caption(scene, rng)]
+
+
+def count_caption(scene: world.Scene, rng: random.Random) -> str:
+    """"cats: 2.", "red things: 1." or "red cats: 0.", most often of what is there."""
+    t = rng.choice(scene.things)
+    kind = t.kind if rng.random() < 0.65 else rng.choice(tuple(world.KINDS))
+    colour = t.colour if rng.random() < 0.65 else rng.choice(tuple(world.COLOURS))
+    form = rng.choice(("kind", "kind", "colour", "name"))
+    if form == "name" and (colour, kind) in world.NEW_COMBINATIONS:  # not even denied in training
+        form = "kind"
+    words = {"kind": world.plural(kind), "colour": f"{colour} things",
+             "name": f"{colour} {world.plural(kind)}"}
+    value = {"kind": kind, "colour": colour, "name": f"{colour} {kind}"}[form]
+    return f"{words[form]}: {sum(getattr(thing, form) == value for thing in scene.things)}."
+
+
+def conversations(pictures: list, turns: list[tuple], rng: random.Random) -> list[Document]:
+    """Turns about the same pictures -> conversations of one, two, three or all turns."""
+    documents = []
+    while turns:
+        n = rng.choice((1, 1, 1, 2, 3, len(turns)))
+        (_, question, answer), *more = turns[:n]
+        documents.append(chat_document([(pictures, question, answer), *more]))
+        turns = turns[n:]
+    return documents
 
 
 class Pairs:
@@ -347,8 +376,9 @@ def example_pictures(source, size: int, n: int) -> Tensor:
 class Samples(Dataset):
     """Source and tokenizer behind torch's Dataset. A sample that cannot be used is its reason."""
 
-    def __init__(self, source, tokenizer: Tokenizer, max_seq_len: int):
-        self.source, self.tokenizer, self.max_seq_len = source, tokenizer, max_seq_len
+    def __init__(self, source, tokenizer: Tokenizer, decoder):
+        self.source, self.tokenizer = source, tokenizer
+        self.max_seq_len, self.max_images = decoder.max_seq_len, decoder.max_images
 
     def __getitem__(self, index: int) -> list[Encoded] | str:
         try:
@@ -358,6 +388,9 @@ class Samples(Dataset):
         longest = max(len(d.ids) for d in documents)
         if longest > self.max_seq_len:
             return f"a document of {longest} tokens, longer than max_seq_len {self.max_seq_len}"
+        most = max(len(d.images) for d in documents)
+        if self.max_images and most > self.max_images:
+            return f"a document of {most} pictures, more than max_images {self.max_images}"
         return documents
 
 
@@ -390,7 +423,7 @@ def loader(
         return replace(batch, dropped=tuple(s for s in samples if isinstance(s, str)))
 
     return DataLoader(
-        Samples(source, tokenizer, model_config.decoder.max_seq_len),
+        Samples(source, tokenizer, model_config.decoder),
         batch_sampler=numbers,
         collate_fn=merge,
         num_workers=workers,

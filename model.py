@@ -69,9 +69,9 @@ class DecoderConfig:
     max_images: int = 0  # "all": how many pictures of one document can be told apart
 
     def __post_init__(self):
-        if self.n_heads % self.n_kv_heads:
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
-        if self.n_layers % self.cross_attn_every:
+        if self.cross_attn_every < 1 or self.n_layers % self.cross_attn_every:
             raise ValueError(f"cross_attn_every {self.cross_attn_every} must divide n_layers "
                              f"{self.n_layers}")
         if self.visible_images not in ("latest", "all"):
@@ -267,7 +267,7 @@ class VisionLanguageModel(nn.Module):
         else:
             self.image_norm = LayerNorm(image_dim, config.vision.norm_eps)
         if c.visible_images == "all":  # else two pictures of a document would look alike in place
-            self.image_index_embed = nn.Parameter(torch.zeros(c.max_images, image_dim))
+            self.image_index_embed = nn.Parameter(0.5 * torch.randn(c.max_images, image_dim))
         self.embed = table(c.vocab_size, c.dim)
         self.special_embed = table(c.n_special, c.dim)
         layers = range(c.cross_attn_every - 1, c.n_layers, c.cross_attn_every)

@@ -355,10 +355,23 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, pairs: list
     with input_errors():
         examples = example_pictures(source(config, pairs, config.stages[0], size), size, n=256)
     model.vision.patch_embed.whiten(model.vision.normalise(examples))
+    align_words_and_pictures(model)
     for name, parameter in model.named_parameters():
         if name.endswith("_gate"):
             nn.init.constant_(parameter, config.gate_start)
     return model, tokenizer
+
+
+@torch.no_grad()
+def align_words_and_pictures(model: VisionLanguageModel) -> None:
+    """Let a model from nothing read a word in the direction in which it writes it, and a picture
+    be looked for there, too: what makes it *say* "cat" then soon lets it *find* a cat (LOG.md).
+    """
+    model.embed.copy_(model.head)
+    same_width = model.config.vision.dim == model.config.decoder.dim
+    for attn in (block.attn for block in model.cross_blocks.values() if same_width):
+        attn.o_proj.weight.copy_(attn.v_proj.weight.T)
+        attn.k_proj.weight.copy_(attn.q_proj.weight)
 
 
 def freeze(model: VisionLanguageModel, parts: str) -> None:

@@ -373,6 +373,17 @@ def test_a_document_that_is_too_long_is_dropped_with_both_numbers(tokenizer, tin
     assert batch.tokens.tolist() == encode(short[0], tokenizer).ids
 
 
+def test_a_document_with_more_pictures_than_can_be_told_apart_is_dropped_with_both_numbers(
+    tokenizer, tiny_config
+):
+    two, three = ([[Image(picture(0))] * n] for n in (2, 3))
+    for rule, n_dropped in (("all", 1), ("latest", 0)):
+        config = tiny_config(visible_images=rule, max_images=2 * (rule == "all"))
+        (batch,) = loader([two, three], tokenizer, config, iter([[0, 1]]), workers=0)
+        assert batch.dropped == ("a document of 3 pictures, more than max_images 2",) * n_dropped
+        assert batch.n_samples == 2 - n_dropped
+
+
 def test_a_batch_whose_samples_are_all_broken_still_is_a_batch(tokenizer, tiny_config, pairs):
     source = Pairs([broken(pairs[0])], seed=0)
     (batch,) = loader(source, tokenizer, tiny_config(), iter([[0, 1]]), workers=0)
@@ -440,47 +451,60 @@ def test_only_scenes_of_the_split_are_drawn_and_no_new_combination_is_told(
                    for pair in (f"{colour} {kind}", f"{kind} {colour}"))
 
 
-def test_pretraining_tells_each_thing_of_a_picture_and_now_and_then_more_or_asks_for_it():
-    source, kinds, starts = DrawnWorld("pretrain", SIZE, seed=1), set(), set()
-    for i in range(40):
-        regions, *rest = source[i]
-        image, words = regions
+def test_pretraining_tells_each_thing_from_place_or_colour_and_from_its_kind_then_counts():
+    source, kinds, firsts, counted = DrawnWorld("pretrain", SIZE, seed=1), set(), set(), set()
+    for i in range(60):
+        documents = source[i]
         scene = world.make_scene(source.seed + i)
-        assert np.array_equal(image.reference, world.draw(scene, SIZE))
-        told = words.string.rstrip(".").split(", ")
-        assert len(told) == len(scene.things)
-        for t in scene.things:  # from place to thing, or from kind to place and colour
-            ways = {f"{world.at(t.place)} {world.a(t.name)}",
-                    f"the {t.kind} {world.at(t.place)} is {t.colour}"}
-            assert len(ways.intersection(told)) == 1
-            starts.add(next(iter(ways.intersection(told))).startswith("the "))
-        for document in (regions, *rest):  # all of one picture, so that it is encoded once
+        reference = documents[0][0].reference
+        assert np.array_equal(reference, world.draw(scene, SIZE))
+        n = 2 * len(scene.things)
+        told, (count,), rest = (documents[:n], documents[n : n + 1], documents[n + 1 :])
+        for t, first, second in zip(scene.things, told[::2], told[1::2], strict=True):
+            at, kind = world.at(t.place), world.a(t.kind)
+            assert first[1].string in {
+                f"{at} {world.a(t.name)}.", f"{at} {kind}.",
+                f"the {t.colour} thing is {kind} {at}.", f"the {t.colour} thing is {at}."}
+            assert second[1].string in {
+                f"the {t.kind} is {t.colour}, {at}.", f"the {t.kind} is {at}, {t.colour}."}
+            firsts.add(first[1].string.startswith(f"the {t.colour} thing is "))
+        what, number = count[1].string.rstrip(".").split(": ")
+        fits = [t for t in scene.things if what in (f"{t.colour} things", world.plural(t.kind),
+                                                    f"{t.colour} {world.plural(t.kind)}")]
+        assert int(number) == len(fits)
+        counted.add((min(len(fits), 2), len(what.split())))
+        for document in documents:  # all of one picture, so that it is encoded once
             shown = document[0] if isinstance(document[0], Image) else document[-1]
-            assert len(document) == 2 and shown.reference is image.reference
+            assert len(document) == 2 and shown.reference is reference
             assert all(s.learn == isinstance(shown, Image) for s in document if s is not shown)
         kinds |= {"search" if isinstance(d[-1], Ret) else
                   "box" if "[" in d[-1].string else "caption" for d in rest}
         assert not any(d[-1].learn for d in rest if isinstance(d[-1], Ret))
-    assert kinds == {"search", "box", "caption"} and starts == {True, False}
+    assert kinds == {"search", "box", "caption"} and firsts == {True, False}
+    assert counted >= {(n, words) for n in (0, 1, 2) for words in (1, 2)} - {(2, 2)}
 
 
 def test_instruction_samples_are_about_one_picture_two_or_one_to_be_found():
-    kinds = set()
-    for i in range(40):
-        (document,) = DrawnWorld("instruct", SIZE, seed=1)[i]
-        shown = [s.reference for s in document if isinstance(s, Image)]
-        asked = [s.reference for s in document if isinstance(s, Ret)]
-        kinds.add((len(shown), len(asked)))
-        assert all(s.learn for s in document if isinstance(s, Ret))
-        assert [id(p) for p in asked] in ([], [id(p) for p in shown])
-    assert kinds == {(1, 0), (2, 0), (1, 1)}
+    kinds, lengths = set(), set()
+    for i in range(60):
+        documents = DrawnWorld("instruct", SIZE, seed=1)[i]
+        shown = {tuple(id(s.reference) for s in document if isinstance(s, Image))
+                 for document in documents}
+        asked = [s for s in chain(*documents) if isinstance(s, Ret)]
+        assert len(shown) == 1  # the same pictures in every document of a sample
+        assert all(s.learn and (id(s.reference),) in shown for s in asked)
+        kinds.add((len(shown.pop()), len(asked)))
+        turns = [sum(s.learn for s in document if isinstance(s, Text) and not s.special)
+                 for document in documents]
+        assert sum(turns) in (4, 8)
+        lengths.update(turns)
+    assert kinds == {(1, 0), (2, 0), (1, 1)} and lengths >= {1, 2, 3, 4, 8}
 
 
 def test_two_pictures_that_are_compared_are_never_the_same():
     source = DrawnWorld("instruct", SIZE, seed=0)
     for i in range(200):
-        (document,) = source[i]
-        shown = [s.reference for s in document if isinstance(s, Image)]
+        shown = [s.reference for s in source[i][0] if isinstance(s, Image)]
         assert len(shown) < 2 or not np.array_equal(*shown), i
 
 

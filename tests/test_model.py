@@ -62,7 +62,7 @@ def build(tiny_model):
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if p.ndim == 1 or name == "image_index_embed":
+                if p.ndim == 1:
                     p += 0.2 * torch.randn(p.shape, generator=generator)
         return model
 
@@ -254,11 +254,10 @@ def test_closed_gates_leave_the_plain_decoder_even_when_pictures_are_shown(build
     assert same_bits(logits(model, batch), logits(without_cross_blocks(model), batch)).all()
 
 
-def test_a_new_model_has_closed_gates_and_numbers_no_picture(tiny_config):
+def test_a_new_model_has_closed_gates(tiny_config):
     model = VisionLanguageModel(tiny_config(**MODELS["all, resampled"]))
-    start = [p for name, p in model.named_parameters()
-             if name.endswith("_gate") or name == "image_index_embed"]
-    assert len(start) == 3 and not any(p.any() for p in start)
+    start = [p for name, p in model.named_parameters() if name.endswith("_gate")]
+    assert len(start) == 2 and not any(p.any() for p in start)
 
 
 # ---------------------------------------------------------------------- law 4: losses and gradients
@@ -530,7 +529,9 @@ def test_features_are_unit_vectors_and_the_temperature_is_capped_at_100():
     [
         (DecoderConfig, dict(n_heads=6, n_kv_heads=4), "n_kv_heads 4 must divide n_heads 6"),
         (DecoderConfig, dict(n_heads=2, n_kv_heads=4), "n_kv_heads 4 must divide n_heads 2"),
+        (DecoderConfig, dict(n_kv_heads=0), "n_kv_heads 0 must divide n_heads 32"),
         (DecoderConfig, dict(n_layers=9, cross_attn_every=4), "every 4 must divide n_layers 9"),
+        (DecoderConfig, dict(cross_attn_every=0), "every 0 must divide n_layers 32"),
         (DecoderConfig, dict(visible_images="some"), "visible_images 'some': .*'latest' or 'all'"),
         (DecoderConfig, dict(visible_images="all"), "max_images 0: for 'all' above 0"),
         (DecoderConfig, dict(max_images=3), "max_images 3: .* for 'latest' 0"),

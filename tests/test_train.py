@@ -243,6 +243,20 @@ def test_the_learning_rate_warms_up_then_falls_to_the_floor():
     assert train.learning_rate(0, 1, 1.0, 0.1, 50) == 1.0
 
 
+def test_a_new_model_looks_for_a_word_in_the_direction_in_which_it_writes_it(tiny_model):
+    model = tiny_model()
+    train.align_words_and_pictures(model)
+    assert torch.equal(model.embed, model.head)
+    for attn in (block.attn for block in model.cross_blocks.values()):
+        assert torch.equal(attn.k_proj.weight, attn.q_proj.weight)
+        assert torch.equal(attn.o_proj.weight, attn.v_proj.weight.T)
+    wide = tiny_model(dim=64)  # pictures of another width: only the tables can agree
+    before = {name: p.clone() for name, p in wide.cross_blocks.named_parameters()}
+    train.align_words_and_pictures(wide)
+    assert torch.equal(wide.embed, wide.head)
+    assert all(torch.equal(p, before[name]) for name, p in wide.cross_blocks.named_parameters())
+
+
 def test_weight_decay_is_for_matrices_and_gates_learn_faster(tiny_model):
     model = tiny_model()
     c = TrainConfig(gate_lr_scale=20.0, weight_decay=0.3)
