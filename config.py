@@ -34,7 +34,7 @@ class TrainConfig:
                              "that these flags would write, if it exists")
 
     stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order")
-    steps: tuple[int, ...] = option((2600, 600), "optimizer steps of each stage")
+    steps: tuple[int, ...] = option((2300, 550), "optimizer steps of each stage")
     lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage")
     min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage")
     warmup_steps: tuple[int, ...] = option((50, 50), "steps of linear warm-up of each stage")

@@ -61,7 +61,7 @@ def build(tiny_model):
         model = tiny_model(**dict(n_layers=4, vocab_size=WORDS) | MODELS[kind] | changes)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for name, p in model.named_parameters():
+            for p in model.parameters():
                 if p.ndim == 1:
                     p += 0.2 * torch.randn(p.shape, generator=generator)
         return model
