@@ -267,7 +267,7 @@ class VisionLanguageModel(nn.Module):
         else:
             self.image_norm = LayerNorm(image_dim, config.vision.norm_eps)
         if c.visible_images == "all":  # else two pictures of a document would look alike in place
-            self.image_index_embed = nn.Parameter(0.5 * torch.randn(c.max_images, image_dim))
+            self.image_index_embed = nn.Parameter(torch.zeros(c.max_images, image_dim))
         self.embed = table(c.vocab_size, c.dim)
         self.special_embed = table(c.n_special, c.dim)
         layers = range(c.cross_attn_every - 1, c.n_layers, c.cross_attn_every)

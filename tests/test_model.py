@@ -61,8 +61,8 @@ def build(tiny_model):
         model = tiny_model(**dict(n_layers=4, vocab_size=WORDS) | MODELS[kind] | changes)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for p in model.parameters():
-                if p.ndim == 1:
+            for name, p in model.named_parameters():
+                if p.ndim == 1 or name == "image_index_embed":
                     p += 0.2 * torch.randn(p.shape, generator=generator)
         return model
 
@@ -254,10 +254,11 @@ def test_closed_gates_leave_the_plain_decoder_even_when_pictures_are_shown(build
     assert same_bits(logits(model, batch), logits(without_cross_blocks(model), batch)).all()
 
 
-def test_a_new_model_has_closed_gates(tiny_config):
+def test_a_new_model_has_closed_gates_and_numbers_no_picture(tiny_config):
     model = VisionLanguageModel(tiny_config(**MODELS["all, resampled"]))
-    start = [p for name, p in model.named_parameters() if name.endswith("_gate")]
-    assert len(start) == 2 and not any(p.any() for p in start)
+    start = [p for name, p in model.named_parameters()
+             if name.endswith("_gate") or name == "image_index_embed"]
+    assert len(start) == 3 and not any(p.any() for p in start)
 
 
 # ---------------------------------------------------------------------- law 4: losses and gradients
