@@ -237,7 +237,7 @@ def pixels(reference: object, size: int) -> Tensor:
 # How often each kind of question is asked. A box is thirty tokens long, its last digits cannot be
 # known, and every token weighs the same in the loss: asked as often as the rest, boxes would drown
 # the one-word answers.
-SHARES = {"what": 4, "colour": 4, "yes/no": 6, "how many": 5, "where": 5, "box": 0.7, "find": 1.5,
+SHARES = {"what": 4, "colour": 4, "yes/no": 6, "how many": 5, "where": 5, "box": 1.2, "find": 1.5,
           "caption": 0.5}
 
 
@@ -267,7 +267,7 @@ class DrawnWorld:
         said = [caption_documents(picture, words)[0] for words in short_captions(scene, rng)]
         caption, search = caption_documents(picture, world.caption(scene, rng))
         phrase, _ = caption_documents(picture, world.grounded_phrase(scene, rng))
-        rare = [(caption, 0.2), (search, 0.5), (phrase, 0.1)]
+        rare = [(caption, 0.2), (search, 0.5), (phrase, 0.2)]
         return said + [document for document, share in rare if rng.random() < share]
 
     def questions(self, scene: world.Scene, rng: random.Random, n: int) -> list[world.Question]:
@@ -281,15 +281,15 @@ class DrawnWorld:
     def instruct(self, seed: int, rng: random.Random) -> list[Document]:
         scene = world.make_scene(seed, self.split)
         picture, kind = self.picture(scene), rng.random()
-        if kind < 0.15:  # two pictures, interleaved
+        if kind < 0.2:  # two pictures, interleaved
             near = rng.random() < 0.7
             other = world.edited(scene, rng) if near else world.make_scene(seed + 2**60, self.split)
             pictures = [picture, self.picture(other)]
-            asked = [world.compare(scene, other, rng) for _ in range(4)]
+            asked = [world.compare(scene, other, rng) for _ in range(6)]
         else:
             pictures, asked = [picture], self.questions(scene, rng, 8)
         turns = [([], q.question, q.answer) for q in asked]
-        if 0.15 <= kind < 0.3:  # answered with a picture, which is then talked about
+        if 0.2 <= kind < 0.45:  # answered with a picture, which is then talked about
             return [chat_document([([], world.request(scene, rng), Ret(picture)), *turns])]
         return conversations(pictures, turns, rng)
 
@@ -304,7 +304,7 @@ def short_captions(scene: world.Scene, rng: random.Random) -> list[str]:
     captions = []
     for t in scene.things:
         at, kind = world.at(t.place), world.a(t.kind)
-        from_place = f"{at} {rng.choice((world.a(t.name), kind))}."
+        from_place = f"{at} {rng.choice((world.a(t.name), kind, world.a(f'{t.size} {t.kind}')))}."
         from_colour = f"the {t.colour} thing is {rng.choice((f'{kind} {at}', at))}."
         captions.append(rng.choice((from_place, from_colour)))
         rest = rng.choice((f"{t.colour}, {at}", f"{at}, {t.colour}"))
