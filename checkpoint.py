@@ -11,6 +11,7 @@ the order of the samples depends on nothing else (data.sample_numbers).
 
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -53,11 +55,34 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Restore both in place. The optimizer must hold the same parameters as when it was saved."""
+    """Restore both in place. The optimizer must hold the same parameters as when it was saved.
+
+    Raises ValueError if a file is missing or damaged.
+    """
     weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
-             no_dist=not dist.is_initialized())
+    try:
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
+                 no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError,
+            pickle.UnpicklingError) as error:
+        raise ValueError(damaged(folder, type(error).__name__)) from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+
+
+def read_state(folder: Path) -> dict:
+    """The `state` that the checkpoint was saved with. Raises ValueError if it is damaged."""
+    try:
+        state = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(damaged(folder, MARKER)) from None
+    if not isinstance(state, dict) or "step" not in state:
+        raise ValueError(damaged(folder, MARKER))
+    return state
+
+
+def damaged(folder: Path, what: str) -> str:
+    return (f"{folder}: damaged ({what}); delete this folder to go on from the checkpoint before, "
+            f"if there is one, or else from the start")
 
 
 def whole_checkpoints(run: Path) -> list[Path]:

@@ -9,18 +9,24 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from model import DecoderConfig, ModelConfig
 from vision import VisionConfig
 
 
-def option(default, help: str, choices: tuple = ()):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple = (), low: float = -math.inf,
+           above: float = -math.inf, below: float = math.inf):
+    """A field with its help text and what its value (each of its values) may be."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low,
+                                            "above": above, "below": below})
 
 
 @dataclass(frozen=True)
@@ -33,37 +39,42 @@ class TrainConfig:
     resume: str = option("", "run folder to go on with, exactly where it stopped; 'auto': the one "
                              "that these flags would write, if it exists")
 
-    stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order")
-    steps: tuple[int, ...] = option((2300, 550), "optimizer steps of each stage")
-    lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage")
-    min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage")
-    warmup_steps: tuple[int, ...] = option((50, 50), "steps of linear warm-up of each stage")
+    stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order",
+                                     ("pretrain", "instruct", "pairs"))
+    steps: tuple[int, ...] = option((2300, 550), "optimizer steps of each stage", low=1)
+    lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage", above=0)
+    min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage",
+                                       low=0)
+    warmup_steps: tuple[int, ...] = option((50, 50), "steps of linear warm-up of each stage (a "
+                                           "fifth of it at most)", low=0)
     frozen: tuple[str, ...] = option(("none", "vision"), "what is frozen in each stage: none, "
                                      "vision, decoder or vision+decoder")
-    max_steps: int = option(0, "cut every stage down to this many steps (0: as preset)")
+    max_steps: int = option(0, "cut every stage down to this many steps (0: as preset)", low=0)
 
-    batch_size: int = option(32, "samples of one optimizer step, over all ranks together")
-    grad_accum_steps: int = option(1, "micro-batches in which each rank works through a step")
+    batch_size: int = option(32, "samples of one optimizer step, over all ranks together", low=1)
+    grad_accum_steps: int = option(1, "micro-batches in which each rank works through a step",
+                                   low=1)
     gate_start: float = option(0.0, "where the gates of a model from nothing start, before tanh")
-    gate_lr_scale: float = option(1.0, "gates learn at this multiple of the learning rate")
-    weight_decay: float = option(0.1, "AdamW's, on matrices only")
-    beta1: float = option(0.9, "AdamW's")
-    beta2: float = option(0.95, "AdamW's")
-    adam_eps: float = option(1e-8, "AdamW's")
-    grad_clip: float = option(1.0, "largest gradient norm")
-    contrastive_weight: float = option(0.1, "weight of the contrastive loss beside the tokens'")
-    vocab_size: int = option(1000, "most pieces of a tokenizer that is trained from nothing")
-    seed: int = option(0, "fixes weights, order and drawn scenes")
+    gate_lr_scale: float = option(1.0, "gates learn at this multiple of the learning rate", low=0)
+    weight_decay: float = option(0.1, "AdamW's, on matrices and tables only", low=0)
+    beta1: float = option(0.9, "AdamW's", low=0, below=1)
+    beta2: float = option(0.95, "AdamW's", low=0, below=1)
+    adam_eps: float = option(1e-8, "AdamW's", above=0)
+    grad_clip: float = option(1.0, "largest gradient norm", above=0)
+    contrastive_weight: float = option(0.1, "weight of the contrastive loss beside the tokens'",
+                                       low=0)
+    vocab_size: int = option(1000, "most pieces of a tokenizer trained from nothing", low=300)
+    seed: int = option(0, "fixes weights, order and drawn scenes", low=0, below=2**31)
 
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32",
                         ("auto", "float32", "bfloat16"))
-    workers: int = option(1, "processes a rank that prepare data ahead")
-    eval_every: int = option(250, "steps between evaluations (0: only at the end)")
-    eval_questions: int = option(60, "questions of each kind in an evaluation on the way")
-    exam_questions: int = option(300, "questions of each kind in the last evaluation")
-    checkpoint_every: int = option(500, "steps between checkpoints (0: only when stopped)")
-    keep: int = option(2, "checkpoints kept")
+    workers: int = option(1, "data-loading processes per rank", low=0)
+    eval_every: int = option(250, "steps between evaluations (0: only at the end)", low=0)
+    eval_questions: int = option(60, "questions of each kind in an evaluation on the way", low=1)
+    exam_questions: int = option(300, "questions of each kind in the last evaluation", low=1)
+    checkpoint_every: int = option(500, "steps between checkpoints (0: only when stopped)", low=0)
+    keep: int = option(2, "checkpoints kept", low=1)
 
     def __post_init__(self):
         n = len(self.stages)
@@ -74,12 +85,12 @@ class TrainConfig:
         for parts in self.frozen:
             if parts != "none" and not set(parts.split("+")) <= {"vision", "decoder"}:
                 raise ValueError(f"--frozen {parts}: choose none, vision, decoder, vision+decoder")
-        for name in ("batch_size", "grad_accum_steps", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("workers", "max_steps", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
+        for f in dataclasses.fields(self):
+            for value in as_tuple(getattr(self, f.name)):
+                check_value(flag(f.name), value, **f.metadata)
+        if {stage == "pairs" for stage in self.stages} != {bool(self.data)}:
+            raise ValueError(f"--stages {' '.join(self.stages)}: 'pairs' belongs to one's own "
+                             f"--data, 'pretrain' and 'instruct' to the drawn world")
 
     @property
     def run_folder(self) -> Path:
@@ -119,6 +130,25 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_tuple(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def check_value(name: str, value, *, choices: tuple, low: float, above: float, below: float,
+                help: str = "") -> None:
+    """Raise ValueError unless the value is one of the choices, finite and within its bounds."""
+    if choices and value not in choices:
+        raise ValueError(f"{name} {value}: choose {', '.join(choices)}")
+    if isinstance(value, str):
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    for holds, rule in ((value >= low, f"at least {low}"), (value > above, f"above {above}"),
+                        (value < below, f"below {below}")):
+        if not holds:
+            raise ValueError(f"{name} must be {rule}, got {value}")
+
+
 @contextlib.contextmanager
 def input_errors():
     """Within it, a ValueError is about the user's input: it becomes a UserError."""
@@ -128,6 +158,22 @@ def input_errors():
         raise UserError(str(error)) from None
 
 
+def pick_device(name: str, local: int = 0) -> torch.device:
+    """A --device flag -> the device of this machine's process number `local`; UserError if none.
+
+    "auto" takes CUDA, else Apple's MPS, else the CPU.
+    """
+    n_cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if n_cuda else "mps" if mps else "cpu"
+    if name == "cuda" and local >= n_cuda:
+        raise UserError(f"--device cuda: torch sees {n_cuda} CUDA devices, process {local} needs "
+                        f"one of its own; start fewer processes, or use --device cpu")
+    if name == "mps" and not mps:
+        raise UserError("--device mps: torch sees no Apple GPU; use --device cpu")
+    return torch.device(name, local) if name == "cuda" else torch.device(name)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr and exit code 2, without the usage block."""
 
@@ -135,23 +181,32 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        sys.stderr.write(f"{self.prog}: {message} (see --help)\n")
+        if os.environ.get("RANK", "0") == "0":  # under torchrun one rank speaks for all
+            sys.stderr.write(f"{self.prog}: {message} (see --help)\n")
         raise SystemExit(2)
 
 
 def run_main(main: typing.Callable[[], None]) -> None:
-    """Call a script's main; a UserError ends it with its one line and exit code 2."""
+    """Call a script's main; a UserError ends it with its one line and exit code 2.
+
+    Ctrl-C ends it with 130, and a reader that goes away (`| head`) with 1, both without a word.
+    """
     try:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun one rank speaks for all
             sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes again
+        raise SystemExit(1) from None
 
 
 # What may differ when a run goes on; anything else would make it another run.
-MAY_CHANGE = ("resume", "device", "workers", "eval_every", "eval_questions", "checkpoint_every",
-              "keep")
+MAY_CHANGE = ("resume", "device", "workers", "eval_every", "eval_questions", "exam_questions",
+              "checkpoint_every", "keep")
 
 
 def resumed(given: dict) -> TrainConfig:
@@ -161,9 +216,11 @@ def resumed(given: dict) -> TrainConfig:
         raise UserError(f"--resume {folder}: is no run folder (it has no config.json); "
                         f"give one that train.py wrote, such as out/tiny")
     try:
-        before = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
+        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    if not isinstance(before, dict) or "stages" not in before:
+        raise UserError(f"--resume {folder}: is no run folder (its config.json is none of a run's)")
     for name, value in given.items():
         value = list(value) if isinstance(value, tuple) else value
         if name not in MAY_CHANGE and value != before.get(name):
@@ -186,7 +243,7 @@ def parse(argv: list[str]) -> TrainConfig:
         parser.add_argument(
             flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=f.metadata["help"],
             type=typing.get_args(kind)[0] if many else kind, nargs="+" if many else None,
-            choices=f.metadata["choices"] or None,
+            choices=None if many else f.metadata["choices"] or None,
         )
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}

@@ -21,8 +21,10 @@ and only here, is decided which pictures a word sees (`visible_interval`).
 
 import random
 import signal
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ import world
 from formats import Document, Image, Ret, Text, caption_documents
 from kernels import IGNORE, AttentionHints, attention_hints
 from tokenizer import Tokenizer, answer_pieces, question_pieces
-from vision import open_image, preprocess
+from vision import PictureError, open_image, preprocess
 
 # ------------------------------------------------------------------------------- one document
 
@@ -115,6 +117,7 @@ class Batch:
     text_hints: AttentionHints
     image_hints: AttentionHints
     ret_image: Tensor  # (R,) int64, the row of `images` that the <ret> of ret_token asks for
+    image_key: Tensor  # (U,) int64, equal for equal pictures: none is its twin's negative
     n_rets: int  # how many of the R are real: without any, one stands in for FSDP's sake
     n_samples: int
     dropped: tuple[str, ...] = ()  # why samples are missing
@@ -129,6 +132,12 @@ class Batch:
                     device, non_blocking=True)
             moved[field.name] = value
         return Batch(**moved)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; the DataLoader calls it when it is to pin."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.pin_memory() for name, value in tensors.items()
+                                if isinstance(value, Tensor)})
 
 
 def visible_interval(rule: str, n_before: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
@@ -190,6 +199,7 @@ def collate(
         np.concatenate, zip(*columns, strict=True))
     n_rets, rets = len(rets), rets or [(0, 0)]
     ret_token, ret_image = zip(*rets, strict=True)
+    pictures = torch.stack([pixels(image, image_size) for image in images])
     return Batch(
         tokens=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),
@@ -198,13 +208,14 @@ def collate(
         text_start=torch.from_numpy(text_start).int(),
         image_start=torch.from_numpy(start).int(),
         image_end=torch.from_numpy(end).int(),
-        images=torch.stack([pixels(image, image_size) for image in images]),
+        images=pictures,
         shown=torch.tensor(shown),
         image_index=torch.tensor(image_index),
         ret_token=torch.tensor(ret_token),
         text_hints=attention_hints(text_start, np.arange(offset) + 1),
         image_hints=attention_hints(start * tokens_per_image, end * tokens_per_image),
         ret_image=torch.tensor(ret_image),
+        image_key=torch.tensor([zlib.crc32(picture.numpy().tobytes()) for picture in pictures]),
         n_rets=n_rets,
         n_samples=n_samples,
     )
@@ -355,7 +366,7 @@ class Pairs:
 def example_pictures(source, size: int, n: int) -> Tensor:
     """A picture of each of the first n samples of a source, uint8 (at most n, 3, size, size).
 
-    ValueError if none of them can be read.
+    PictureError if none of them can be read.
     """
     pictures: list[Tensor] = []
     for index in range(n):
@@ -363,10 +374,10 @@ def example_pictures(source, size: int, n: int) -> Tensor:
             segments = [segment for document in source[index] for segment in document]
             shown = next(s.reference for s in segments if isinstance(s, Image | Ret))
             pictures.append(pixels(shown, size))
-        except ValueError:  # a picture that cannot be read
-            continue
+        except PictureError as error:
+            reason = str(error)
     if not pictures:
-        raise ValueError(f"none of the first {n} pictures can be read")
+        raise PictureError(f"no picture can be read: {reason}")
     return torch.stack(pictures)
 
 
@@ -383,7 +394,7 @@ class Samples(Dataset):
     def __getitem__(self, index: int) -> list[Encoded] | str:
         try:
             documents = [encode(d, self.tokenizer) for d in self.source[index]]
-        except ValueError as error:  # a picture that cannot be read
+        except PictureError as error:
             return str(error)
         longest = max(len(d.ids) for d in documents)
         if longest > self.max_seq_len:
@@ -416,21 +427,21 @@ def loader(
     source, tokenizer: Tokenizer, model_config, numbers: Iterator[list[int]], workers: int
 ) -> DataLoader:
     """Micro-batches of the given sample numbers, in their order, drawn ahead by `workers`."""
-    options = collate_options(tokenizer, model_config)
-
-    def merge(samples: list[list[Encoded] | str]) -> Batch:
-        batch = collate([s for s in samples if not isinstance(s, str)], **options)
-        return replace(batch, dropped=tuple(s for s in samples if isinstance(s, str)))
-
     return DataLoader(
         Samples(source, tokenizer, model_config.decoder),
         batch_sampler=numbers,
-        collate_fn=merge,
+        collate_fn=partial(merge, **collate_options(tokenizer, model_config)),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_parent,
     )
+
+
+def merge(samples: list[list[Encoded] | str], **options) -> Batch:
+    """`collate` of the samples that can be used, and why the others cannot."""
+    batch = collate([s for s in samples if not isinstance(s, str)], **options)
+    return replace(batch, dropped=tuple(s for s in samples if isinstance(s, str)))
 
 
 def leave_signals_to_parent(worker: int) -> None:

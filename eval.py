@@ -3,8 +3,9 @@
     python eval.py drawn --model assets/tiny          # the drawn world's exam, 300 of each kind
     python eval.py drawn --model out/tiny/model --questions 60 --json
 
-Every question is asked twice, the second time with a blank picture: what a model still gets right
-then it has from the wording of the questions, not from looking.
+Every question is asked a second time with a blank picture: what a model still gets right then it
+has from the wording of the questions, not from looking. A third column asks other questions, about
+the new combinations.
 """
 
 import json
@@ -17,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 import world
-from config import Parser, input_errors, run_main
+from config import Parser, input_errors, pick_device, run_main
 from data import chat_document, prompts
 from formats import Ret
 from model import VisionLanguageModel, generate
 from scores import is_right
 from tokenizer import Tokenizer
-from weights import load_model
+from weights import BUILT_IN, load_model
 
 GALLERY = 50  # pictures among which a <ret> has to find the right one
 BATCH = 64  # questions answered side by side
@@ -146,19 +147,22 @@ def table(report: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = Parser(prog="eval.py", description="Score a model on a benchmark.")
     parser.add_argument("benchmark", choices=["drawn"], help="drawn: the drawn world's exam")
-    parser.add_argument("--model", default="assets/tiny", help="model folder")
+    parser.add_argument("--model", default="", help="model folder (default: what ships here)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+                        help="where to compute")
     parser.add_argument("--questions", type=int, default=300, help="questions of each kind")
     parser.add_argument("--seed", type=int, default=0, help="which exam")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_args()
     if args.questions < 1:
         parser.error(f"--questions must be at least 1, got {args.questions}")
+    device, folder = pick_device(args.device), args.model or BUILT_IN
     with input_errors():
-        model, tokenizer = load_model(args.model)
+        model, tokenizer = load_model(folder, device)
     began = time.time()
     report = drawn_exam(model, tokenizer, args.questions, seed=args.seed)
     if args.json:
-        print(json.dumps({"benchmark": "drawn", "model": args.model, "n": args.questions,
+        print(json.dumps({"benchmark": "drawn", "model": str(folder), "n": args.questions,
                           "seed": args.seed, **report}))
     else:
         print(table(report))

@@ -60,11 +60,12 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, str]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; it should hold name.jpg + name.txt pairs")
+        what = "is a file" if folder.exists() else "no such folder"
+        raise ValueError(f"{folder}: {what}; give a folder of name.jpg + name.txt pairs")
     pairs = []
     for picture in sorted(folder.iterdir()):
-        if picture.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
+        if picture.suffix.lower() not in IMAGE_SUFFIXES or picture.name.startswith("."):
+            continue  # macOS leaves a hidden ._name.jpg beside each picture
         text = picture.with_suffix(".txt")
         if not text.is_file():
             raise ValueError(f"{picture}: has no caption; write it into {text.name} beside it")

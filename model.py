@@ -22,6 +22,7 @@ pictures. A token that sees no picture passes a gated block unchanged.
 Dimensions, here and everywhere:
     B batch (documents being written)  T query tokens  S keys        C width       H heads
     Hkv key/value heads   D head_dim   F feed-forward  V vocabulary  I images      P tokens an image
+    U different images    L learned rows               R <ret>s      E contrastive width
 """
 
 import math
@@ -101,7 +102,7 @@ class Span(NamedTuple):
 
 
 class Batch(Protocol):
-    """What the model reads; data.py makes them. Hints may be None: they are then found here."""
+    """What the model reads; data.py makes them."""
 
     tokens: Tensor  # (T,) int64
     targets: Tensor  # (T,) int64, IGNORE where nothing is learned
@@ -266,7 +267,7 @@ class VisionLanguageModel(nn.Module):
             self.resampler = PerceiverResampler(config.resampler, image_dim)
         else:
             self.image_norm = LayerNorm(image_dim, config.vision.norm_eps)
-        if c.visible_images == "all":  # else two pictures of a document would look alike in place
+        if c.visible_images == "all":  # else two pictures of a document could not be told apart
             self.image_index_embed = nn.Parameter(torch.zeros(c.max_images, image_dim))
         self.embed = table(c.vocab_size, c.dim)
         self.special_embed = table(c.n_special, c.dim)

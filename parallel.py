@@ -3,7 +3,7 @@
 What is computed never depends on how many ranks compute it (design law: N ranks == 1 rank):
 
     token loss        sum over all targets of the global batch / their number. The number is
-                      known before the first forward: one all-reduce of two counts a step.
+                      known before the first forward: one all-reduce of four counts a step.
     contrastive loss  every rank sees the features of all ranks. Its own carry gradients, the
                       others' are constants; each rank's gradient is then exactly its own share,
                       and the sum over ranks is the gradient of the whole.
@@ -93,12 +93,15 @@ def gather_rows(x: Tensor, counts: list[int]) -> Tensor:
     return torch.cat(parts)
 
 
-def contrastive_loss(out: Output, ret_image: Tensor, n_rets: int) -> tuple[Tensor, Tensor]:
+def contrastive_loss(out: Output, ret_image: Tensor, image_key: Tensor, n_rets: int
+                     ) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE over the micro-batches of all ranks (van den Oord 2018; CLIP, section 2.3).
 
-    Every real <ret> chooses among all pictures; every picture some <ret> asks for chooses among
-    all of them. Returns the summed loss (both directions halved) and how many chose right. The
-    one stand-in of a micro-batch without any <ret> gets weight 0, and still runs everywhere.
+    ret_image (R,) the row of the picture that each <ret> asks for, image_key (U,) equal for equal
+    pictures. Every real <ret> chooses among all pictures but the twins of its own; every picture
+    that some <ret> asks for chooses among all of these, but for those that ask for its twins.
+    Returns the summed loss (both directions halved) and how many chose right, both 0-d. The one
+    stand-in of a micro-batch without any <ret> gets weight 0, and still runs everywhere.
     """
     text, image, scale = out.ret_features, out.image_features, out.logit_scale
     real = torch.arange(len(text), device=text.device) < n_rets
@@ -112,14 +115,19 @@ def contrastive_loss(out: Output, ret_image: Tensor, n_rets: int) -> tuple[Tenso
         extra = torch.stack([target, real.long()], 1).double()
         target, real = gather_rows(extra, n_text).long().T
         text, image = gather_rows(text, n_text), gather_rows(image, n_image)
+        image_key = gather_rows(image_key[:, None].double(), n_image)[:, 0]
         scale = scale / size + scale.detach() * (1 - 1 / size)  # every rank holds all of the loss
-    logits = scale * text @ image.T  # (R, I)
-    real = real.float()
-    by_text = F.cross_entropy(logits, target, reduction="none")
+    own = image_key[target]  # (R,)
+    row, real = torch.arange(len(text), device=text.device), real.float()
+    logits = scale * text @ image.T  # (R, U)
     columns = logits[:, target].T  # (R, R): row r is the picture asked for by r, over all <ret>s
-    columns = columns.masked_fill(real[None] == 0, float("-inf")).where(real[:, None] > 0, 0.0)
-    by_image = F.cross_entropy(columns, torch.arange(len(text), device=text.device),
-                               reduction="none")
+    twin = (own[:, None] == image_key).index_put((row, target), torch.zeros_like(real) > 0)
+    logits = logits.masked_fill(twin, float("-inf"))
+    by_text = F.cross_entropy(logits, target, reduction="none")
+    twin = (own[:, None] == own).fill_diagonal_(False)
+    columns = columns.masked_fill(twin | (real[None] == 0), float("-inf"))
+    columns = columns.where(real[:, None] > 0, 0.0)
+    by_image = F.cross_entropy(columns, row, reduction="none")
     right = ((logits.argmax(1) == target) * real).sum()
     return ((by_text + by_image) * real).sum() / 2, right
 
@@ -129,7 +137,7 @@ def contrastive_loss(out: Output, ret_image: Tensor, n_rets: int) -> tuple[Tenso
 
 @dataclass
 class StepResult:
-    """Means over the global batch: what the log shows."""
+    """What the log shows of the global batch: means, the gradient's norm unclipped, counts."""
 
     loss: float
     contrastive: float
@@ -140,10 +148,12 @@ class StepResult:
     n_targets: int
 
 
-def losses(model: nn.Module, batches: list, contrastive_weight: float, backward: bool):
+def losses(model: nn.Module, batches: list, contrastive_weight: float, backward: bool
+           ) -> tuple[list[float], list[int]]:
     """Forward (and backward) of this rank's micro-batches of one step.
 
-    Returns (token loss, contrastive loss, share of <ret>s that chose right), global means.
+    Returns [token loss, contrastive loss, share of <ret>s that chose right], means over the global
+    batch, and [targets, <ret>s, tokens, samples], its counts.
     """
     device = batches[0].tokens.device
     size = dist.get_world_size() if dist.is_initialized() else 1
@@ -158,7 +168,7 @@ def losses(model: nn.Module, batches: list, contrastive_weight: float, backward:
         loss = out.token_loss / n_targets
         total[0] += loss.detach()
         if len(out.ret_features) and counts[1]:
-            pulled, right = contrastive_loss(out, batch.ret_image, batch.n_rets)
+            pulled, right = contrastive_loss(out, batch.ret_image, batch.image_key, batch.n_rets)
             loss = loss + contrastive_weight * pulled / n_rets
             total[1] += pulled.detach() / n_rets / size
             total[2] += right / n_rets / size

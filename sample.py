@@ -8,28 +8,25 @@ The answer appears word by word as it is made.
 """
 
 import json
+import math
 import sys
 import time
-from pathlib import Path
 
-from config import Parser, UserError, input_errors, run_main
+from config import Parser, UserError, input_errors, pick_device, run_main
 from data import chat_document, prompts
-from formats import Image
 from model import generate
 from tokenizer import StreamDecoder
 from vision import open_image
-from weights import load_model
-
-BUILT_IN = Path(__file__).parent / "assets" / "tiny"
+from weights import BUILT_IN, load_model
 
 
 def arguments():
     parser = Parser(prog="sample.py", description="Ask a model about a picture.")
     add = parser.add_argument
     add("--image", action="append", default=[], help="a picture; several are shown in order")
-    add("--prompt", help="the question; without it the model captions the picture")
+    add("--prompt", help="the question (default: what is in the picture)")
     add("--model", default="", help="model folder (default: the small one that ships here)")
-    add("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to compute")
+    add("--device", default="cpu", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest word")
     add("--top-k", type=int, default=0, help="draw among the k likeliest only (0: all)")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest that make up this much")
@@ -41,8 +38,10 @@ def arguments():
         parser.error("--prompt is empty: ask something, or leave it out for a caption")
     if not args.image and args.prompt is None:
         parser.error("nothing to do: give --image FILE, --prompt TEXT or both")
-    if args.temperature < 0:
-        parser.error(f"--temperature must be 0 or more, got {args.temperature}")
+    if args.temperature < 0 or not math.isfinite(args.temperature):
+        parser.error(f"--temperature must be 0 or more, and finite, got {args.temperature}")
+    if not 0 <= args.seed < 2**31:
+        parser.error(f"--seed must be at least 0 and below {2**31}, got {args.seed}")
     if args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("--top-k must be 0 or more, and --top-p above 0 and at most 1")
     if args.max_new_tokens < 1:
@@ -57,13 +56,15 @@ def main() -> None:
     if not args.model:
         sys.stderr.write("This small built-in model knows drawn scenes only; "
                          "for photographs give --model FOLDER.\n")
+    device = pick_device(args.device)
     with input_errors():
-        model, tokenizer = load_model(args.model or BUILT_IN, args.device)
+        model, tokenizer = load_model(args.model or BUILT_IN, device)
     most = model.config.decoder.max_images
     if most and len(pictures) > most:
         raise UserError(f"{len(pictures)} pictures, but this model tells at most {most} apart")
-    document = ([Image(picture) for picture in pictures] if args.prompt is None
-                else chat_document([(pictures, args.prompt, None)]))
+    # A terminal's bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes.
+    prompt = (args.prompt or "What is in the picture?").encode("utf-8", "replace").decode("utf-8")
+    document = chat_document([(pictures, prompt, None)])
     batch = prompts([document], tokenizer, model.config, model.embed.device)
     began, stream, words, ids = time.perf_counter(), StreamDecoder(tokenizer), "", []
     with input_errors():
@@ -82,7 +83,7 @@ def main() -> None:
                 print(printable(new), end="", flush=True)
     rest = stream.flush()
     if args.json:
-        print(json.dumps({"prompt": args.prompt, "images": args.image, "answer": words + rest,
+        print(json.dumps({"prompt": prompt, "images": args.image, "answer": words + rest,
                           "tokens": ids, "seconds": time.perf_counter() - began}))
     else:
         print(printable(rest))

@@ -29,8 +29,16 @@ from torch import Tensor
 
 import eval
 import world
-from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from config import PRESETS, TrainConfig, UserError, input_errors, parse, run_main
+from checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from config import (
+    PRESETS,
+    TrainConfig,
+    UserError,
+    input_errors,
+    parse,
+    pick_device,
+    run_main,
+)
 from data import Batch, DrawnWorld, Pairs, example_pictures, loader, sample_numbers
 from formats import find_pairs
 from model import ModelConfig, VisionLanguageModel
@@ -46,11 +54,10 @@ from parallel import (
 )
 from plan import peak_flops, step_flops
 from tokenizer import Tokenizer, train_tokenizer
-from weights import load_model, save_model
+from weights import BUILT_IN, load_model, read_config, save_model
 
 VAL_SAMPLES = 128  # samples of the validation losses
 TARGET = 0.85  # accuracy whose time the log notes
-BUILT_IN = Path(__file__).parent / "assets" / "tiny"
 
 
 @dataclass
@@ -76,18 +83,20 @@ def main() -> None:
     check_split(config, ranks)
     with input_errors():
         pairs = find_pairs(config.data) if config.data else []
-    device = pick_device(config.device, ranks)
-    initial = initial_model(config, device)
-    out = prepare_folder(config, ranks)
-    checkpoint = latest_checkpoint(out) if config.resume else None
-    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
-    if config.resume and ranks.is_first:
-        forget_later_lines(out / "log.jsonl", state.get("log_size", 0))
+    device = pick_device(config.device, ranks.local)
+    checkpoint, state = stopped_at(config)
+    initial = None if checkpoint else initial_model(config)
+    out = run_folder(config)
     dtype, stopping = pick_dtype(config.dtype, device), stop_on_signals()
     sharded = ranks.size > 1 or dtype != torch.float32
     if sharded:
-        start_group(ranks, device)
-    model, tokenizer = initial or new_model(config, out, ranks, pairs)
+        start_group(ranks, device)  # which all ranks reach before one of them writes
+    if checkpoint:
+        model, tokenizer = empty_model(out)
+    else:
+        model, tokenizer = initial or new_model(config, out, ranks, pairs)
+        if ranks.is_first:
+            write_choices(config, out, model, tokenizer)
     model = model.to(device).train()
     if sharded:
         shard(model, dtype)
@@ -98,11 +107,10 @@ def main() -> None:
     say(run, f"{n_parameters / 1e6:.2f} M parameters, {device.type}, {str(dtype)[6:]}, "
              f"{ranks.size} process{'es' * (ranks.size > 1)}, run folder {out}")
     for number in range(state.get("stage", 0), len(config.stages)):
-        first_step = state["step"] if checkpoint else 0
-        if not train_stage(run, number, first_step, checkpoint):
+        if not train_stage(run, number, state.get("step", 0), checkpoint):
             say(run, f"stopped; go on with: python train.py --resume {out}")
             break
-        checkpoint = None
+        checkpoint, state = None, {}
     stop_group()
 
 
@@ -116,11 +124,13 @@ def train_stage(run: Run, number: int, first_step: int, restore: Path | None) ->
     freeze(run.model, frozen)
     optimizer = make_optimizer(run.model, c)
     if restore:
-        load_checkpoint(restore, run.model, optimizer)
+        with input_errors():
+            load_checkpoint(restore, run.model, optimizer)
+        if run.ranks.is_first:
+            forget_later_lines(run, restore)
     validation = validation_batches(run, name)
     batches = training_batches(run, name, first_step, n_steps)
-    say(run, f"stage {name}: steps {first_step} to {n_steps}, "
-             f"frozen: {frozen}")
+    say(run, f"stage {name}: steps {first_step} to {n_steps}, frozen: {frozen}")
     for step in range(first_step, n_steps):
         began = time.perf_counter()
         micro = [next(batches).to(run.device) for _ in range(c.grad_accum_steps)]
@@ -166,11 +176,14 @@ def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Ite
                              batch_size=c.batch_size, accum=c.grad_accum_steps,
                              rank=run.ranks.rank, world_size=run.ranks.size)
     samples = source(c, run.pairs, stage, run.model.config.vision.image_size)
-    known = set()
+    known, n_used, n_dropped = set(), 0, 0
     for batch in loader(samples, run.tokenizer, run.model.config, numbers, c.workers):
-        for reason in set(batch.dropped) - known:
+        for reason in sorted(set(batch.dropped) - known):
             sys.stderr.write(f"left out: {reason}\n")
         known.update(batch.dropped)
+        n_used, n_dropped = n_used + batch.n_samples, n_dropped + len(batch.dropped)
+        if not n_used and n_dropped >= max(len(run.pairs), c.batch_size // run.ranks.size):
+            raise UserError("no sample can be used, for the reasons above")
         yield batch
 
 
@@ -268,61 +281,86 @@ def check_split(config: TrainConfig, ranks: Ranks) -> None:
                         f"processes x {config.grad_accum_steps} micro-batches; use {near}")
 
 
-def pick_device(name: str, ranks: Ranks) -> torch.device:
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: torch sees no Apple GPU; use --device cpu")
-    return torch.device(name, ranks.local) if name == "cuda" else torch.device(name)
-
-
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
 
 
-def initial_model(config: TrainConfig, device: torch.device
-                  ) -> tuple[VisionLanguageModel, Tokenizer] | None:
+def initial_model(config: TrainConfig) -> tuple[VisionLanguageModel, Tokenizer] | None:
     """What --init names, by default the built-in model for a user's own pictures; None: nothing."""
     init = config.init or (BUILT_IN if config.data else "none")
     with input_errors():
-        return None if init == "none" else load_model(init, device)
+        return None if init == "none" else load_model(init)
 
 
-def prepare_folder(config: TrainConfig, ranks: Ranks) -> Path:
-    """The run folder with its config.json; an earlier run's is never written over."""
+def run_folder(config: TrainConfig) -> Path:
+    """The folder to write into: the resumed run's, or one in which nothing can be lost."""
     if config.resume:
         return Path(config.resume)
     out = config.run_folder
-    if ranks.is_first:
-        if (out / "config.json").exists():
-            raise UserError(f"{out} holds an earlier run: go on with it by --resume {out}, or "
-                            f"choose another folder by --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if (out / "config.json").is_file() and (out / "log.jsonl").is_file():
+        raise UserError(f"{out} holds an earlier run: go on with it by --resume {out}, or choose "
+                        f"another folder by --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError(f"--out {out}: is not empty; choose a new or an empty folder")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
     return out
 
 
-def forget_later_lines(log: Path, size: int) -> None:
-    """Cut a log back to what it was at the checkpoint; the steps behind it are made again."""
+def write_choices(config: TrainConfig, out: Path, model: VisionLanguageModel,
+                  tokenizer: Tokenizer) -> None:
+    """What a resumed run is built from; config.json last, for it marks a run that has begun."""
+    if not (out / "tokenizer.model").is_file():  # else it was trained, and others read it now
+        tokenizer.save(out / "tokenizer.model")
+    (out / "model.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
+    (out / "log.jsonl").touch()
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def stopped_at(config: TrainConfig) -> tuple[Path | None, dict]:
+    """The resumed run's newest checkpoint and where the run stood then; (None, {}): at its start.
+
+    A run that was stopped before its first checkpoint begins again.
+    """
+    checkpoint = latest_checkpoint(Path(config.resume)) if config.resume else None
+    if not checkpoint:
+        return None, {}
+    with input_errors():
+        return checkpoint, read_state(checkpoint)
+
+
+def empty_model(out: Path) -> tuple[VisionLanguageModel, Tokenizer]:
+    """The run folder's model without its weights, which the checkpoint holds, and its tokenizer."""
+    with input_errors():
+        return VisionLanguageModel(read_config(out / "model.json")), Tokenizer(
+            out / "tokenizer.model")
+
+
+def forget_later_lines(run: Run, checkpoint: Path) -> None:
+    """Cut the log back to what it was at the checkpoint; the steps behind it are made again."""
+    log, size = log_path(run), read_state(checkpoint)["log_size"]
     if log.is_file() and log.stat().st_size > size:
         os.truncate(log, size)
 
 
 def stop_on_signals() -> threading.Event:
-    """Ctrl-C and SIGTERM set the event instead of ending the program; a second Ctrl-C ends it."""
-    stopping = threading.Event()
+    """Ctrl-C and SIGTERM set the event instead of ending the program; a later Ctrl-C ends it.
+
+    Not one within two seconds: torchrun sends its processes again what the terminal sent them.
+    """
+    stopping, since = threading.Event(), time.monotonic()
 
     def stop(number, frame):
+        nonlocal since
+        if stopping.is_set() and time.monotonic() - since > 2:
+            raise SystemExit(130)
+        if not stopping.is_set():
+            since = time.monotonic()
         stopping.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -340,20 +378,21 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, pairs: list
 
     The tokenizer is trained once, from the run's own words.
     """
+    preset: ModelConfig = PRESETS[config.preset]["model"]
+    size = preset.vision.image_size
+    with input_errors():
+        examples = example_pictures(source(config, pairs, config.stages[0], size), size, n=256)
     path = out / "tokenizer.model"
     if ranks.is_first and not path.is_file():
         texts = [caption for _, caption in pairs] or world.corpus(2000, config.seed)
         template = ["User: What is in the picture?", "Assistant:"]
-        train_tokenizer([*texts, *template], path, config.vocab_size)
+        with input_errors():
+            train_tokenizer([*texts, *template], path, config.vocab_size)
     ranks.wait()
     tokenizer = Tokenizer(path)
-    preset: ModelConfig = PRESETS[config.preset]["model"]
     decoder = dataclasses.replace(preset.decoder, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(config.seed)
     model = VisionLanguageModel(dataclasses.replace(preset, decoder=decoder))
-    size = preset.vision.image_size
-    with input_errors():
-        examples = example_pictures(source(config, pairs, config.stages[0], size), size, n=256)
     model.vision.patch_embed.whiten(model.vision.normalise(examples))
     align_words_and_pictures(model)
     for name, parameter in model.named_parameters():

@@ -2,7 +2,7 @@
 
 Read after kernels/. From the picture to the tokens:
 
-    open_image     any file -> an upright RGB picture, or a ValueError that says what is wrong
+    open_image     any file -> an upright RGB picture, or a PictureError that says what is wrong
     preprocess     resize (shorter side, bicubic) and crop -> uint8 (3, h, w)
     VisionTransformer  CLIP's ViT (Radford et al. 2021; Dosovitskiy et al. 2021)
                    uint8 (I, 3, h, w) -> patch tokens (I * P, C) and one pooled feature a picture
@@ -33,6 +33,7 @@ from kernels import interval_attention, layer_norm, uniform_hints
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_ASPECT = 100  # all of a picture is resized before it is cropped
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class VisionConfig:
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
+        if self.patch_size < 1 or self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
             )
@@ -80,35 +81,44 @@ class ResamplerConfig:
 # ------------------------------------------------------------------------------------- pictures
 
 
+class PictureError(ValueError):
+    """A picture that cannot be read; its one line says which and why."""
+
+
 def open_image(source: str | Path | bytes) -> Image.Image:
     """Read a picture from a path or from bytes: upright, RGB, transparency on white.
 
-    Raises ValueError with one line that says what is wrong: missing, not a picture, cut off, or
+    Raises PictureError with one line that says what is wrong: missing, not a picture, cut off, or
     too large (Pillow's limit against decompression bombs stays in force).
     """
     name = "picture" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise PictureError(f"{name}: {image.width} x {image.height} pixels are too long "
+                                   f"and thin a picture; crop it")
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
+    except PictureError:
+        raise
     except FileNotFoundError:
-        raise ValueError(f"{name}: no such file; give the path of a picture") from None
+        raise PictureError(f"{name}: no such file; give the path of a picture") from None
     except IsADirectoryError:
-        raise ValueError(f"{name}: is a folder; give the path of a picture") from None
+        raise PictureError(f"{name}: is a folder; give the path of a picture") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: not a picture that can be read (JPEG, PNG, WebP...)") from None
+        raise PictureError(f"{name}: not a picture that can be read (JPEG, PNG, WebP...)") from None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
-        raise ValueError(f"{name}: more than {limit} million pixels; make it smaller") from None
+        raise PictureError(f"{name}: more than {limit} million pixels; make it smaller") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}: damaged or cut-off picture ({error})") from None
+        raise PictureError(f"{name}: damaged or cut-off picture ({error})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode -> RGB. Transparent parts turn white; 16-bit grey is scaled down, not clipped."""
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):  # 16 bits, which older Pillows hold in 32
         return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -23,6 +23,7 @@ from model import ModelConfig, VisionLanguageModel
 from tokenizer import Tokenizer
 
 FILES = ("config.json", "model.safetensors", "tokenizer.model")
+BUILT_IN = Path(__file__).parent / "assets" / "tiny"  # the small model that ships with the code
 
 
 def save_model(folder: str | Path, config: ModelConfig, state: dict[str, Tensor],
@@ -42,14 +43,13 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     folder = Path(folder)
     for name in FILES:
         if not (folder / name).is_file():
-            what = "is no model folder" if folder.is_dir() else "no such folder"
+            what = ("is no model folder" if folder.is_dir() else
+                    "is a file, no folder" if folder.exists() else "no such folder")
             raise ValueError(f"{folder}: {what}: {name} is missing; give a folder that train.py "
                             f"wrote, such as out/tiny/model")
+    config = read_config(folder / "config.json")
     try:
-        config = config_from_dict(ModelConfig, json.loads((folder / "config.json").read_text()))
         state = load_file(folder / "model.safetensors")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'}: not JSON: {error}") from None
     except SafetensorError as error:
         raise ValueError(f"{folder / 'model.safetensors'}: damaged or cut off: {error}") from None
     tokenizer = Tokenizer(folder / "tokenizer.model")
@@ -77,19 +77,49 @@ def check_state(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor])
                             f"model's is {tuple(wanted[name].shape)}")
 
 
-def config_from_dict(kind: type, values: dict):
-    """The inverse of dataclasses.asdict; ValueError for a key that the dataclass does not have."""
+def read_config(path: Path) -> ModelConfig:
+    """A ModelConfig from JSON. Raises ValueError with the file and the key that does not fit."""
+    try:
+        return config_from_dict(ModelConfig, json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def config_from_dict(kind: type, values: object):
+    """The inverse of dataclasses.asdict, strict: ValueError for keys and types that do not fit."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind.__name__} must be an object, not {values!r}")
     hints, arguments = typing.get_type_hints(kind), {}
     if unknown := set(values) - set(hints):
-        raise ValueError(f"config.json: {kind.__name__} has no {min(unknown)!r}")
-    for name, value in values.items():
-        hint = hints[name]
-        if isinstance(hint, types.UnionType):  # ResamplerConfig | None
-            hint = typing.get_args(hint)[0]
-        if dataclasses.is_dataclass(hint) and value is not None:
-            value = config_from_dict(hint, value)
-        arguments[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return kind(**arguments)
-    except TypeError as error:  # a key that has no default is missing
-        raise ValueError(f"config.json: {error}") from None
+        raise ValueError(f"{kind.__name__} has no {min(unknown)!r}")
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
+            if field.default is dataclasses.MISSING:
+                raise ValueError(f"{field.name!r} of {kind.__name__} is missing")
+            continue
+        arguments[field.name] = _from_json(f"{kind.__name__}.{field.name}", hints[field.name],
+                                           values[field.name])
+    return kind(**arguments)
+
+
+def _from_json(name: str, hint: object, value: object):
+    if isinstance(hint, types.UnionType):  # ResamplerConfig | None
+        if value is None:
+            return None
+        hint = typing.get_args(hint)[0]
+    if dataclasses.is_dataclass(hint):
+        return config_from_dict(hint, value)
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if not isinstance(value, list) or len(value) != len(kinds):
+            raise ValueError(f"{name} must be a list of {len(kinds)}, not {value!r}")
+        return tuple(_from_json(name, kind, item) for kind, item in zip(kinds, value, strict=True))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{name} must be {hint.__name__}, not {value!r}")
+    if hint is int and value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value

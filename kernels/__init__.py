@@ -1,4 +1,4 @@
-"""The five operations everything else is built from: tensors in, tensors out.
+"""The operations everything else is built from: tensors in, tensors out.
 
     interval_attention   attention.py   all attention of the system
     rms_norm, layer_norm norm.py
@@ -6,8 +6,8 @@
     swiglu               swiglu.py
     linear_cross_entropy loss.py
 
-Read them in this order. Backends: `torch` runs on any device; `reference` is the definition in
-float64, for tests. One call of `set_backend` chooses for the whole process.
+Read them in this order. Backends: `torch` runs on any device; `reference` is attention's definition
+in float64, for tests (the other operations have one backend so far). One call of `set_backend` chooses for the whole process.
 """
 
 from kernels import attention
@@ -36,4 +36,6 @@ def get_backend() -> str:
 def interval_attention(q, k, v, start, end, scale=None, *, hints=None, backend=None):
     """kernels.attention.interval_attention with the process's backend unless one is named."""
     backend = backend or _backend
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     return attention.interval_attention(q, k, v, start, end, scale, hints=hints, backend=backend)

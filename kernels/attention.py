@@ -5,21 +5,21 @@ Every query row i attends to one contiguous run of keys, [start_i, end_i):
     packed causal text      start_i = first token of i's document      end_i = i + 1
     a ViT over many images  start_i = first patch of i's image         end_i = its last patch + 1
     words -> pictures       start_i = first visible picture's tokens   end_i = behind the last one's
-    decoding with a cache   start_i = first slot of i's sequence       end_i = tokens written so far
+    decoding with a cache   start_i = first row of i's slot            end_i = behind its last written row
 
     o_i = sum_j p_ij v_j,   p_i = softmax over j in [start_i, end_i) of  scale * (q_i . k_j)
 
 A row whose interval is empty (start >= end) gives exactly zero and sends exactly zero back.
 
 Nothing is padded by the caller: documents and pictures lie end to end in one long stream. A dense
-T x S mask for 64 documents of 100 tokens would hold 64 times more entries than are ever true, so
+T x S mask for 64 documents of 100 tokens would hold 127 times more entries than are true, so
 the `torch` backend below never builds one. It looks at the intervals once per batch on the CPU
 (`attention_hints`), finds the rectangles and triangles they are made of, and gives each family of
 like-sized ones to `scaled_dot_product_attention` as one small dense batch:
 
     rows      0 1 2 3 4 5 6 7 8                document A = rows 0-3, B = 4-6, C = 7-8
-    start     0 0 0 0 4 4 4 7 7                three triangles of 4, 3 and 2 rows; those within
-    end       1 2 3 4 5 6 7 8 9                30 % of one another share a batch
+    start     0 0 0 0 4 4 4 7 7                three triangles of 4, 3 and 2 rows; those of
+    end       1 2 3 4 5 6 7 8 9                like length (FAMILY_RATIO) share a batch
 
 Triangles may be padded to the longest of their family without any mask: the padding stands to the
 right of every real key, and causality hides it. Rectangles only pad their query rows, which are
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FAMILY_RATIO = 1.3  # spans whose lengths lie within this factor share one dense batch
+FAMILY_RATIO = 1.3  # spans of one dense batch differ in length by this factor at most
 TILE_ROWS = 128  # rows of one masked tile; bounds the mask to TILE_ROWS x (keys of the tile)
 
 

@@ -3,8 +3,8 @@
     rms_norm(x)   = x / sqrt(mean(x^2) + eps) * weight
     layer_norm(x) = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
 
-Both are taken over the last axis and computed in fp32 whatever comes in: a bf16 mean of 4096
-squares loses the very digits that eps is there to protect.
+Both are taken over the last axis and computed in fp32 or better: a bf16 mean of 4096 squares loses
+the very digits that eps is there to protect.
 """
 
 import torch.nn.functional as F

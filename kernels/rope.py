@@ -7,7 +7,7 @@ Element i and element i + D/2 of a head form a pair that is turned by position *
 
 The dot product of a query at position m and a key at position n then depends on m - n alone.
 Angles are made in fp32 from integer positions, never read from a checkpoint: rounded to bf16, an
-angle of 4000 rad is off by several turns.
+angle of 4000 rad is off by up to 8 rad, more than a turn.
 """
 
 import torch

@@ -36,6 +36,7 @@ def place(tmp_path, monkeypatch) -> Path:
     (tmp_path / "latin" / "a.txt").write_bytes("ein Käfer".encode("latin-1"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    Image.new("L", (5000, 3)).save(tmp_path / "thin.png")
     return tmp_path
 
 
@@ -49,10 +50,16 @@ BAD = [
     (sample, ["--image", "empty.jpg", "--prompt", "What?"], "empty.jpg: not a picture"),
     (sample, ["--image", "empty", "--prompt", "What?"], "empty: is a folder"),
     (sample, ["--image", "cut.jpg", "--prompt", "What?"], "cut.jpg: damaged or cut-off"),
+    (sample, ["--image", "thin.png", "--prompt", "What?"], "thin.png: 5000 x 3 pixels"),
     (sample, ["--image", CAT, "--prompt", "  "], "--prompt is empty"),
     (sample, [], "give --image FILE"),
     (sample, ["--image", CAT, "--model", "nowhere"], "nowhere: no such folder"),
     (sample, ["--image", CAT, "--model", "empty"], "config.json is missing"),
+    (sample, ["--image", CAT, "--model", "notes.txt"], "notes.txt: is a file"),
+    (sample, ["--image", CAT, "--prompt", "What?", "--temperature", "nan"], "finite"),
+    (sample, ["--image", CAT, "--prompt", "What?", "--seed", "-1"], "--seed"),
+    (sample, ["--image", CAT, "--prompt", "What?", "--seed", "9" * 30], "--seed"),
+    (sample, ["--image", CAT, "--device", "mps"], "no Apple GPU"),
     (sample, ["--image", CAT, "--prompt", "What?", "--temperature", "hot"], "--temperature"),
     (sample, ["--image", CAT, "--prompt", "What?", "--temperature", "-1"], "0 or more"),
     (sample, ["--image", CAT, "--prompt", "What?", "--top-p", "0"], "--top-p"),
@@ -70,6 +77,19 @@ BAD = [
     (train, ["--batch-size", "0"], "at least 1"),
     (train, ["--batch-size", "10", "--grad-accum-steps", "4"], "use 8 or 12"),
     (train, ["--max-steps", "-1"], "--max-steps"),
+    (train, ["--steps", "-5", "3"], "--steps must be at least 1"),
+    (train, ["--lr", "nan", "nan"], "--lr must be a finite number"),
+    (train, ["--lr", "0", "1e-3"], "--lr must be above 0"),
+    (train, ["--grad-clip", "-1"], "--grad-clip must be above 0"),
+    (train, ["--beta2", "1"], "--beta2 must be below 1"),
+    (train, ["--adam-eps", "-1"], "--adam-eps"),
+    (train, ["--vocab-size", "3"], "--vocab-size must be at least 300"),
+    (train, ["--exam-questions", "0"], "--exam-questions must be at least 1"),
+    (train, ["--seed", "-1"], "--seed must be at least 0"),
+    (train, ["--stages", "foo", "bar"], "--stages foo: choose pretrain, instruct"),
+    (train, ["--stages", "pairs", "pairs"], "'pairs' belongs to one's own --data"),
+    (train, ["--out", "lonely"], "is not empty"),
+    (train, ["--resume", str(ROOT / "assets" / "tiny")], "is no run folder"),
     (train, ["--lr", "1e-3"], "one value for each"),
     (train, ["--frozen", "ears", "none"], "ears"),
     (train, ["--preset", "huge"], "tiny"),

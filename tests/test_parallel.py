@@ -19,18 +19,20 @@ def features(seed: int, n_text: int, n_image: int, dim: int = 6):
     return F.normalize(text, dim=1), F.normalize(image, dim=1)
 
 
-# What each rank holds: number of <ret>s, how many are real, number of pictures, which they ask for
-RANKS = [(3, 3, 4, [2, 0, 3]), (1, 0, 2, [0]), (2, 2, 2, [1, 0])]
+# What each rank holds: number of <ret>s, how many are real, which picture each asks for, and the
+# keys of its pictures: the second of rank 0 and the first of rank 2 are twins.
+RANKS = [(3, 3, [2, 0, 3], [11, 12, 13, 14]), (1, 0, [0], [15, 16]), (2, 2, [1, 0], [12, 17])]
 
 
 def share(rank: int):
-    n_text, n_real, n_image, target = RANKS[rank]
-    text, image = features(rank, n_text, n_image)
-    return text.requires_grad_(), image.requires_grad_(), torch.tensor(target), n_real
+    n_text, n_real, target, keys = RANKS[rank]
+    text, image = features(rank, n_text, len(keys))
+    return (text.requires_grad_(), image.requires_grad_(), torch.tensor(target),
+            torch.tensor(keys), n_real)
 
 
-def loss_of(text, image, scale, target, n_real):
-    return contrastive_loss(Output(None, text, image, scale.exp()), target, n_real)
+def loss_of(text, image, scale, target, keys, n_real):
+    return contrastive_loss(Output(None, text, image, scale.exp()), target, keys, n_real)
 
 
 def everything_on_one():
@@ -38,11 +40,12 @@ def everything_on_one():
     shares = [share(rank) for rank in range(len(RANKS))]
     scale = torch.tensor(1.3, requires_grad=True)
     offsets = [0, 4, 6]
-    text = torch.cat([s[0][: s[3]] for s in shares])
+    text = torch.cat([s[0][: s[4]] for s in shares])
     image = torch.cat([s[1] for s in shares])
-    target = torch.cat([s[2][: s[3]] + offset
+    target = torch.cat([s[2][: s[4]] + offset
                         for s, offset in zip(shares, offsets, strict=True)])
-    loss, right = loss_of(text, image, scale, target, len(text))
+    keys = torch.cat([s[3] for s in shares])
+    loss, right = loss_of(text, image, scale, target, keys, len(text))
     leaves = [x for s in shares for x in s[:2]]
     grads = torch.autograd.grad(loss, [*leaves, scale], allow_unused=True)
     return loss.detach(), right, grads
@@ -51,9 +54,9 @@ def everything_on_one():
 def worker(rank: int, store: str, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank,
                             world_size=len(RANKS))
-    text, image, target, n_real = share(rank)
+    text, image, *rest = share(rank)
     scale = torch.tensor(1.3, requires_grad=True)
-    loss, right = loss_of(text, image, scale, target, n_real)
+    loss, right = loss_of(text, image, scale, *rest)
     grads = torch.autograd.grad(loss, [text, image, scale])
     results[rank] = (loss.item(), right.item(), [g.tolist() for g in grads])
     dist.destroy_process_group()
@@ -77,7 +80,7 @@ def test_the_contrastive_loss_over_three_ranks_is_that_of_one(tmp_path):
 def test_the_contrastive_loss_is_clips_symmetric_cross_entropy():
     text, image = features(7, 5, 5)
     scale = torch.tensor(2.0)
-    loss, right = loss_of(text, image, scale, torch.arange(5), 5)
+    loss, right = loss_of(text, image, scale, torch.arange(5), torch.arange(5), 5)
     logits = scale.exp() * text @ image.T
     wanted = (F.cross_entropy(logits, torch.arange(5), reduction="sum")
               + F.cross_entropy(logits.T, torch.arange(5), reduction="sum")) / 2
@@ -85,10 +88,26 @@ def test_the_contrastive_loss_is_clips_symmetric_cross_entropy():
     assert right == (logits.argmax(1) == torch.arange(5)).sum()
 
 
+def test_equal_pictures_are_nobodys_negatives():
+    text, image = features(5, 3, 3)
+    alone, _ = loss_of(text[:2], image[:2], torch.tensor(1.0), torch.arange(2), torch.arange(2), 2)
+    first, second = text[:1], text[1:2]
+    twice = torch.cat([first, second, first])  # the first is asked for by two texts, shown twice
+    shown = torch.cat([image[:2], image[:1]])
+    loss, right = loss_of(twice, shown, torch.tensor(1.0), torch.tensor([0, 1, 2]),
+                          torch.tensor([7, 8, 7]), 3)
+    single, _ = loss_of(first, image[:1], torch.tensor(1.0), torch.tensor([0]),
+                        torch.tensor([7]), 1)
+    assert single.item() == 0 and loss.isfinite() and loss > alone
+    only = loss_of(twice[::2], shown[::2], torch.tensor(1.0), torch.arange(2),
+                   torch.tensor([7, 7]), 2)
+    assert only[0].item() == 0 and only[1] == 2  # nothing but twins: nothing to choose from
+
+
 def test_the_stand_in_of_a_batch_without_ret_weighs_nothing():
     text, image = features(3, 1, 3)
     text, image = text.requires_grad_(), image.requires_grad_()
-    loss, right = loss_of(text, image, torch.tensor(1.0), torch.tensor([0]), 0)
+    loss, right = loss_of(text, image, torch.tensor(1.0), torch.tensor([0]), torch.arange(3), 0)
     assert loss.item() == 0 and right == 0
     for grad in torch.autograd.grad(loss, (text, image)):
         assert torch.equal(grad, torch.zeros_like(grad))

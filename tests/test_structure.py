@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "eval": {"model", "weights", "tokenizer", "data", "scores", "world", "formats", "config"},
     "train": {"kernels", "vision", "model", "tokenizer", "world", "formats", "data", "weights",
               "config", "parallel", "checkpoint", "plan", "scores", "eval"},
-    "sample": {"model", "vision", "weights", "tokenizer", "data", "formats", "config"},
+    "sample": {"model", "vision", "weights", "tokenizer", "data", "config"},
 }
 OURS = {*MAY_IMPORT, "bench"}
 THIRD_PARTY = {"torch", "numpy", "sentencepiece", "PIL", "triton", "safetensors", "tqdm"}

@@ -173,6 +173,44 @@ def test_an_earlier_run_is_not_overwritten(finished, cli):
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
+def damage_state(checkpoint: Path) -> None:
+    (checkpoint / "state.json").write_text("{}")
+
+
+def cut_weights(checkpoint: Path) -> None:
+    path = next(checkpoint.glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def lose_weights(checkpoint: Path) -> None:
+    next(checkpoint.glob("*.distcp")).unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_state, cut_weights, lose_weights])
+def test_a_damaged_checkpoint_is_named_and_the_log_stays(finished, tmp_path, cli, damage):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    checkpoint = train.latest_checkpoint(out)
+    damage(checkpoint)
+    before = (out / "log.jsonl").read_bytes()
+    code, _, err = cli(train, "--resume", out)
+    assert code == 2 and f"{checkpoint}: damaged" in err and err.count("\n") == 1
+    assert (out / "log.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_needs_nothing_but_its_folder(tmp_path):
+    picture_folder(tmp_path / "mine")
+    shutil.copytree(ROOT / "assets" / "tiny", tmp_path / "start")
+    arguments = ["--data", "mine", "--init", "start", "--batch-size", 3, "--workers", 0,
+                 "--steps", 4, "--checkpoint-every", 2, "--keep", 9, "--out"]
+    finish(start(*arguments, "whole", cwd=tmp_path))
+    finish(start(*arguments, "cut", cwd=tmp_path))
+    (tmp_path / "cut" / "checkpoints" / "step_00000004" / "state.json").unlink()
+    shutil.rmtree(tmp_path / "start")
+    finish(start("--resume", "cut", cwd=tmp_path))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
 # ------------------------------------------------------------------------------ N ranks == 1 rank
 
 
@@ -185,7 +223,7 @@ def assert_same_losses(one: list[tuple], other: list[tuple]) -> None:
     for a, b in zip(one, other, strict=True):
         assert a[:2] == b[:2] and a[5:] == b[5:]
         assert relative(a[2], b[2]) < 1e-4, (a, b)
-        assert relative(a[3], b[3]) < 1e-3, (a, b)
+        assert relative(a[3], b[3]) < 1e-4, (a, b)
 
 
 def test_two_processes_compute_the_losses_of_one(tmp_path):
@@ -300,6 +338,18 @@ def test_a_folder_of_pictures_is_learned_by_heart_from_nothing(tmp_path, cli):
                         "--workers", 0, "--steps", 60, cwd=tmp_path))
     assert "model: out/mine/model" in text
     assert says(tmp_path / "out" / "mine" / "model", tmp_path / "mine", cli) == captions
+
+
+@pytest.mark.parametrize("init", ["none", "built in"])
+def test_a_folder_of_which_no_picture_can_be_read_is_refused(tmp_path, cli, init):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.jpg").write_bytes(b"nothing")
+    (tmp_path / "mine" / "a.txt").write_text("a caption")
+    arguments = ["--data", tmp_path / "mine", "--workers", 0, "--out", tmp_path / "run"]
+    arguments += ["--init", "none"] * (init == "none")
+    code, _, err = cli(train, *arguments)
+    assert code == 2 and "a.jpg: not a picture" in err and "can be" in err.splitlines()[-1]
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def says(model: Path, folder: Path, cli) -> dict[str, str]:

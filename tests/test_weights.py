@@ -139,6 +139,19 @@ def test_a_missing_part_and_an_impossible_value_of_a_config_are_named(folder):
     refused(folder, "'decoder'")
 
 
+@pytest.mark.parametrize("change, says", [
+    (lambda x: x["decoder"].update(dim="128"), "DecoderConfig.dim must be int, not '128'"),
+    (lambda x: x["decoder"].update(dim=-128), "DecoderConfig.dim must not be negative, got -128"),
+    (lambda x: x["decoder"].update(n_layers=True), "n_layers must be int, not True"),
+    (lambda x: x["vision"].update(mean=[0.5]), "VisionConfig.mean must be a list of 3"),
+    (lambda x: x["vision"].update(patch_size=0), "must be a multiple of patch_size 0"),
+    (lambda x: x.update(decoder=None), "DecoderConfig must be an object, not None"),
+])
+def test_a_value_of_the_wrong_type_is_named_with_its_file(folder, change, says):
+    change_config(folder, change)
+    assert refused(folder, says).startswith(f"{folder / 'config.json'}: ")
+
+
 NAMES = ["embed", "vision.patch_embed.weight", "blocks.1.attn.q_proj.weight"]
 
 
