@@ -6,8 +6,8 @@
     swiglu               swiglu.py
     linear_cross_entropy loss.py
 
-Read them in this order. Backends: `torch` runs on any device; `reference` is attention's definition
-in float64, for tests (the other operations have one backend so far). One call of `set_backend` chooses for the whole process.
+Read them in this order. Attention has two backends: `torch` runs on any device, `reference` is the
+definition in float64, for tests. One call of `set_backend` chooses for the whole process.
 """
 
 from kernels import attention

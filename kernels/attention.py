@@ -5,7 +5,7 @@ Every query row i attends to one contiguous run of keys, [start_i, end_i):
     packed causal text      start_i = first token of i's document      end_i = i + 1
     a ViT over many images  start_i = first patch of i's image         end_i = its last patch + 1
     words -> pictures       start_i = first visible picture's tokens   end_i = behind the last one's
-    decoding with a cache   start_i = first row of i's slot            end_i = behind its last written row
+    decoding with a cache   start_i = first row of i's slot            end_i = behind its last token
 
     o_i = sum_j p_ij v_j,   p_i = softmax over j in [start_i, end_i) of  scale * (q_i . k_j)
 
