@@ -428,7 +428,7 @@ def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int = 
     lengths = [positions[row] + 1 for row in last.tolist()]
     longest = min(max(lengths) + max_new_tokens, model.config.decoder.max_seq_len)
     if max(lengths) >= (most := model.config.decoder.max_seq_len):
-        raise ValueError(f"the prompt has {max(lengths)} tokens, the model reads {most}: shorten it")
+        raise ValueError(f"the prompt has {max(lengths)} tokens, this model reads {most}: cut it")
     cache = KVCache(model, len(last), longest)
     pictures, _ = model.encode_images(batch)
     seen = model.image_span(batch)

@@ -317,7 +317,7 @@ def write_choices(config: TrainConfig, out: Path, model: VisionLanguageModel,
     if not (out / "tokenizer.model").is_file():  # else it was trained, and others read it now
         tokenizer.save(out / "tokenizer.model")
     (out / "model.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
-    (out / "log.jsonl").touch()
+    (out / "log.jsonl").write_text("")  # nothing counts that was logged before any checkpoint
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
@@ -424,10 +424,10 @@ def freeze(model: VisionLanguageModel, parts: str) -> None:
 
 
 def make_optimizer(model: VisionLanguageModel, c: TrainConfig) -> torch.optim.AdamW:
-    """AdamW. Weight decay is for matrices only; gates learn at c.gate_lr_scale times the rate.
+    """AdamW. Weight decay is for matrices and tables; gates learn at c.gate_lr_scale the rate.
 
     Adam moves a number by about the learning rate a step, whatever its gradient. A matrix needs no
-    more; a gate is one number that has to go from 0 to about 1.
+    more; a gate is one number whose way is of the order of 1.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     gate = [p for name, p in trained if name.endswith("_gate")]

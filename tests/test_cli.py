@@ -65,7 +65,7 @@ BAD = [
     (sample, ["--image", CAT, "--prompt", "What?", "--top-p", "0"], "--top-p"),
     (sample, ["--image", CAT, "--prompt", "What?", "--max-new-tokens", "0"], "--max-new-tokens"),
     (sample, ["--image", CAT, "--promt", "What?"], "--promt"),
-    (sample, ["--image", CAT, "--prompt", "What? " * 2000], "shorten it"),
+    (sample, ["--image", CAT, "--prompt", "What? " * 2000], "cut it"),
     (sample, [*["--image", CAT] * 9, "--prompt", "What?"], "at most 8"),
     (train, ["--data", "nowhere"], "nowhere: no such folder"),
     (train, ["--data", "empty"], "name.jpg + name.txt"),
