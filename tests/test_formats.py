@@ -66,10 +66,16 @@ def test_a_folder_with_a_mistake_is_refused_in_one_line_that_names_it(tmp_path, 
 
 def test_a_missing_folder_and_a_file_are_no_folders(tmp_path):
     write(tmp_path, a_jpg="")
-    for path in (tmp_path / "missing", tmp_path / "a.jpg"):
-        with pytest.raises(ValueError, match="no such folder") as error:
+    for path, what in ((tmp_path / "missing", "no such folder"), (tmp_path / "a.jpg", "is a file")):
+        with pytest.raises(ValueError, match=what) as error:
             find_pairs(path)
         assert str(error.value).startswith(f"{path}: ")
+
+
+def test_hidden_files_and_folders_beside_the_pictures_are_passed_over(tmp_path):
+    write(tmp_path, a_jpg="", a_txt="a cat")
+    (tmp_path / "._a.jpg").write_text("what macOS leaves")
+    assert find_pairs(tmp_path) == [(tmp_path / "a.jpg", "a cat")]
 
 
 def test_a_caption_pair_is_a_caption_to_learn_and_a_search_that_does_not_show_the_picture():
