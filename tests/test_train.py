@@ -253,11 +253,12 @@ def test_a_run_stopped_on_two_processes_goes_on_with_one(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_with_accumulation_compute_the_losses_of_one(tmp_path):
+def test_four_processes_with_accumulation_compute_the_token_losses_of_one(tmp_path):
     arguments = ["--max-steps", 10, "--batch-size", 16, "--contrastive-weight", 0, *QUICK[2:]]
     finish(start(*arguments, "--out", tmp_path / "one"))
     finish(start(*arguments, "--out", tmp_path / "four", "--grad-accum-steps", 2, ranks=4))
-    assert_same_losses(curve(tmp_path / "one"), curve(tmp_path / "four"))
+    for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "four"), strict=True):
+        assert a[:2] == b[:2] and relative(a[2], b[2]) < 1e-4, (a, b)  # a[3]: fewer negatives
 
 
 @pytest.mark.slow
