@@ -69,13 +69,13 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Non
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-def read_state(folder: Path) -> dict:
-    """The `state` that the checkpoint was saved with. Raises ValueError if it is damaged."""
+def read_state(folder: Path, keys: tuple[str, ...]) -> dict:
+    """The `state` that the checkpoint was saved with; ValueError if it lacks one of the keys."""
     try:
         state = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(damaged(folder, MARKER)) from None
-    if not isinstance(state, dict) or "step" not in state:
+    if not isinstance(state, dict) or not state.keys() >= set(keys):
         raise ValueError(damaged(folder, MARKER))
     return state
 

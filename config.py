@@ -86,8 +86,9 @@ class TrainConfig:
             if parts != "none" and not set(parts.split("+")) <= {"vision", "decoder"}:
                 raise ValueError(f"--frozen {parts}: choose none, vision, decoder, vision+decoder")
         for f in dataclasses.fields(self):
-            for value in as_tuple(getattr(self, f.name)):
-                check_value(flag(f.name), value, **f.metadata)
+            values = getattr(self, f.name)
+            for value in values if isinstance(values, tuple) else (values,):
+                check_value(flag(f.name), value, f.metadata)
         if {stage == "pairs" for stage in self.stages} != {bool(self.data)}:
             raise ValueError(f"--stages {' '.join(self.stages)}: 'pairs' belongs to one's own "
                              f"--data, 'pretrain' and 'instruct' to the drawn world")
@@ -130,21 +131,17 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def as_tuple(value) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def check_value(name: str, value, *, choices: tuple, low: float, above: float, below: float,
-                help: str = "") -> None:
-    """Raise ValueError unless the value is one of the choices, finite and within its bounds."""
-    if choices and value not in choices:
-        raise ValueError(f"{name} {value}: choose {', '.join(choices)}")
+def check_value(name: str, value, rules: typing.Mapping) -> None:
+    """Raise ValueError unless the value is as its option() says, and finite if it is a number."""
+    if rules["choices"] and value not in rules["choices"]:
+        raise ValueError(f"{name} {value}: choose {', '.join(rules['choices'])}")
     if isinstance(value, str):
         return
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
-    for holds, rule in ((value >= low, f"at least {low}"), (value > above, f"above {above}"),
-                        (value < below, f"below {below}")):
+    for holds, rule in ((value >= rules["low"], f"at least {rules['low']}"),
+                        (value > rules["above"], f"above {rules['above']}"),
+                        (value < rules["below"], f"below {rules['below']}")):
         if not holds:
             raise ValueError(f"{name} must be {rule}, got {value}")
 

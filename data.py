@@ -135,8 +135,8 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; the DataLoader calls it when it is to pin."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value.pin_memory() for name, value in tensors.items()
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.pin_memory() for name, value in values.items()
                                 if isinstance(value, Tensor)})
 
 
@@ -377,7 +377,7 @@ def example_pictures(source, size: int, n: int) -> Tensor:
         except PictureError as error:
             reason = str(error)
     if not pictures:
-        raise PictureError(f"no picture can be read: {reason}")
+        raise PictureError(f"none of the first {n} pictures can be read: {reason}")
     return torch.stack(pictures)
 
 

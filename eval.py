@@ -30,7 +30,8 @@ GALLERY = 50  # pictures among which a <ret> has to find the right one
 BATCH = 64  # questions answered side by side
 NAMES = {"what": "what", "colour": "colour", "yes/no": "yes/no", "how many": "how many",
          "where": "where", "box": "box, IoU ≥ 0.5", "find": "find in a box",
-         "caption": "whole caption", "compare": "compare two", "ret": f"<ret>, first of {GALLERY}"}
+         "caption": "whole caption", "compare": "compare two",
+         "ret": f"`<ret>`, first of {GALLERY}"}
 
 
 @dataclass(frozen=True)

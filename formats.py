@@ -60,7 +60,7 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, str]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "no such folder"
+        what = "no such folder, but a file" if folder.exists() else "no such folder"
         raise ValueError(f"{folder}: {what}; give a folder of name.jpg + name.txt pairs")
     pairs = []
     for picture in sorted(folder.iterdir()):

@@ -22,7 +22,6 @@ pictures. A token that sees no picture passes a gated block unchanged.
 Dimensions, here and everywhere:
     B batch (documents being written)  T query tokens  S keys        C width       H heads
     Hkv key/value heads   D head_dim   F feed-forward  V vocabulary  I images      P tokens an image
-    U different images    L learned rows               R <ret>s      E contrastive width
 """
 
 import math
@@ -426,9 +425,10 @@ def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int = 
     slot = torch.unique_consecutive(first, return_inverse=True)[1].tolist()
     positions = batch.positions.tolist()
     lengths = [positions[row] + 1 for row in last.tolist()]
-    longest = min(max(lengths) + max_new_tokens, model.config.decoder.max_seq_len)
-    if max(lengths) >= (most := model.config.decoder.max_seq_len):
-        raise ValueError(f"the prompt has {max(lengths)} tokens, this model reads {most}: cut it")
+    length, most = max(lengths), model.config.decoder.max_seq_len
+    if length >= most:
+        raise ValueError(f"the prompt has {length} tokens, the model reads {most}: shorten it")
+    longest = min(length + max_new_tokens, most)
     cache = KVCache(model, len(last), longest)
     pictures, _ = model.encode_images(batch)
     seen = model.image_span(batch)

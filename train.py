@@ -107,7 +107,7 @@ def main() -> None:
     say(run, f"{n_parameters / 1e6:.2f} M parameters, {device.type}, {str(dtype)[6:]}, "
              f"{ranks.size} process{'es' * (ranks.size > 1)}, run folder {out}")
     for number in range(state.get("stage", 0), len(config.stages)):
-        if not train_stage(run, number, state.get("step", 0), checkpoint):
+        if not train_stage(run, number, checkpoint, state):
             say(run, f"stopped; go on with: python train.py --resume {out}")
             break
         checkpoint, state = None, {}
@@ -117,17 +117,18 @@ def main() -> None:
 # ------------------------------------------------------------------------------------- one stage
 
 
-def train_stage(run: Run, number: int, first_step: int, restore: Path | None) -> bool:
-    """Train a stage from first_step to its end, then evaluate. False: stopped before the end."""
+def train_stage(run: Run, number: int, checkpoint: Path | None, state: dict) -> bool:
+    """Train a stage, from its checkpoint if there is one, then evaluate. False: stopped early."""
     c, name = run.config, run.config.stages[number]
     n_steps, frozen = c.stage_steps(number), c.frozen[number]
+    first_step = state.get("step", 0)
     freeze(run.model, frozen)
     optimizer = make_optimizer(run.model, c)
-    if restore:
+    if checkpoint:
         with input_errors():
-            load_checkpoint(restore, run.model, optimizer)
+            load_checkpoint(checkpoint, run.model, optimizer)
         if run.ranks.is_first:
-            forget_later_lines(run, restore)
+            forget_later_lines(log_path(run), state["log_size"])
     validation = validation_batches(run, name)
     batches = training_batches(run, name, first_step, n_steps)
     say(run, f"stage {name}: steps {first_step} to {n_steps}, frozen: {frozen}")
@@ -330,7 +331,7 @@ def stopped_at(config: TrainConfig) -> tuple[Path | None, dict]:
     if not checkpoint:
         return None, {}
     with input_errors():
-        return checkpoint, read_state(checkpoint)
+        return checkpoint, read_state(checkpoint, ("stage", "step", "seconds", "log_size"))
 
 
 def empty_model(out: Path) -> tuple[VisionLanguageModel, Tokenizer]:
@@ -340,9 +341,8 @@ def empty_model(out: Path) -> tuple[VisionLanguageModel, Tokenizer]:
             out / "tokenizer.model")
 
 
-def forget_later_lines(run: Run, checkpoint: Path) -> None:
-    """Cut the log back to what it was at the checkpoint; the steps behind it are made again."""
-    log, size = log_path(run), read_state(checkpoint)["log_size"]
+def forget_later_lines(log: Path, size: int) -> None:
+    """Cut a log back to what it was at the checkpoint; the steps behind it are made again."""
     if log.is_file() and log.stat().st_size > size:
         os.truncate(log, size)
 

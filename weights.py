@@ -37,8 +37,8 @@ def save_model(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
     tokenizer.save(folder / "tokenizer.model")
 
 
-def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
-               ) -> tuple[VisionLanguageModel, Tokenizer]:
+def load_model(folder: str | Path, device: str | torch.device = "cpu",
+               dtype: torch.dtype = torch.float32) -> tuple[VisionLanguageModel, Tokenizer]:
     """Read a model folder. Raises ValueError naming what is missing or does not fit."""
     folder = Path(folder)
     for name in FILES:

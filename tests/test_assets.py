@@ -37,6 +37,15 @@ def test_the_built_in_model_answers_a_short_exam(tiny):
 
 
 @pytest.mark.slow
+def test_the_built_in_model_keeps_the_promises_of_the_readme(tiny):
+    report = eval.drawn_exam(*tiny, 300, baseline=False)
+    assert eval.main_accuracy(report["test"]) >= 0.95
+    assert eval.main_accuracy(report["new"]) >= 0.88
+    for kind, least in (("box", 0.85), ("compare", 0.90), ("ret", 0.90)):
+        assert report["test"][kind] >= least, kind
+
+
+@pytest.mark.slow
 def test_the_built_in_model_answers_as_well_as_the_readme_says(tiny):
     written = json.loads((ROOT / "results" / "cpu.jsonl").read_text().splitlines()[-1])["report"]
     found = eval.drawn_exam(*tiny, 300)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import eval
@@ -59,13 +60,12 @@ BAD = [
     (sample, ["--image", CAT, "--prompt", "What?", "--temperature", "nan"], "finite"),
     (sample, ["--image", CAT, "--prompt", "What?", "--seed", "-1"], "--seed"),
     (sample, ["--image", CAT, "--prompt", "What?", "--seed", "9" * 30], "--seed"),
-    (sample, ["--image", CAT, "--device", "mps"], "no Apple GPU"),
     (sample, ["--image", CAT, "--prompt", "What?", "--temperature", "hot"], "--temperature"),
     (sample, ["--image", CAT, "--prompt", "What?", "--temperature", "-1"], "0 or more"),
     (sample, ["--image", CAT, "--prompt", "What?", "--top-p", "0"], "--top-p"),
     (sample, ["--image", CAT, "--prompt", "What?", "--max-new-tokens", "0"], "--max-new-tokens"),
     (sample, ["--image", CAT, "--promt", "What?"], "--promt"),
-    (sample, ["--image", CAT, "--prompt", "What? " * 2000], "cut it"),
+    (sample, ["--image", CAT, "--prompt", "What? " * 2000], "shorten it"),
     (sample, [*["--image", CAT] * 9, "--prompt", "What?"], "at most 8"),
     (train, ["--data", "nowhere"], "nowhere: no such folder"),
     (train, ["--data", "empty"], "name.jpg + name.txt"),
@@ -115,6 +115,16 @@ def test_bad_input_is_one_clear_line_and_touches_nothing(place, cli, script, arg
     assert code == 2 and len(lines) == 1 and says in lines[0], err
     assert lines[0].startswith(f"{script.__name__}.py: ") and len(lines[0]) < 300
     assert out == "" and contents(place) == before
+
+
+@pytest.mark.parametrize("script, arguments", [
+    (sample, ["--image", CAT]), (eval, ["drawn"]), (train, [])])
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused(place, cli, monkeypatch, script, arguments, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    code, _, err = cli(script, *arguments, "--device", device)
+    assert code == 2 and f"--device {device}: torch sees" in err.splitlines()[-1]
 
 
 def test_a_picture_with_too_many_pixels_is_refused(place, cli, monkeypatch):

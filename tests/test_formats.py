@@ -66,8 +66,8 @@ def test_a_folder_with_a_mistake_is_refused_in_one_line_that_names_it(tmp_path, 
 
 def test_a_missing_folder_and_a_file_are_no_folders(tmp_path):
     write(tmp_path, a_jpg="")
-    for path, what in ((tmp_path / "missing", "no such folder"), (tmp_path / "a.jpg", "is a file")):
-        with pytest.raises(ValueError, match=what) as error:
+    for path in (tmp_path / "missing", tmp_path / "a.jpg"):
+        with pytest.raises(ValueError, match="no such folder") as error:
             find_pairs(path)
         assert str(error.value).startswith(f"{path}: ")
 

@@ -253,7 +253,7 @@ def silhouette(thing: Thing, size: int) -> np.ndarray:
 
 def every_thing():
     """Every kind in every colour, over all sizes and places."""
-    turns = zip(product(KINDS, COLOURS), PLACES * 11, list(SIZES) * 48, strict=False)
+    turns = zip(product(KINDS, COLOURS), (PLACES * 11)[:96], list(SIZES) * 48, strict=True)
     rng = random.Random(0)
     for (kind, colour), place, size in turns:
         row, column = divmod(PLACES.index(place), 3)
