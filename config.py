@@ -103,10 +103,10 @@ class TrainConfig:
 
 
 TINY = ModelConfig(
-    # Nine patches, one for each place of the drawn world: from 64 patches, kinds are learned more
-    # slowly (LOG.md).
+    # Nine patches, one for each place of the drawn world: from 64, kinds are learned more slowly. A
+    # class token learned which places are taken and no more; the patches know the rest (LOG.md).
     vision=VisionConfig(image_size=60, patch_size=20, dim=128, n_layers=3, n_heads=4, head_dim=32,
-                        hidden_dim=512, activation="gelu", embed_dim=128),
+                        hidden_dim=512, activation="gelu", embed_dim=128, pool="mean"),
     decoder=DecoderConfig(vocab_size=1000, dim=128, n_layers=4, n_heads=8, n_kv_heads=8,
                           head_dim=16, hidden_dim=384, max_seq_len=1024, cross_attn_every=2,
                           visible_images="all", max_images=8),

@@ -50,6 +50,7 @@ class VisionConfig:
     norm_eps: float = 1e-5
     activation: str = "quick_gelu"  # or "gelu": a property of the weights, see weights.py
     embed_dim: int = 768  # width of the pooled, projected feature
+    pool: str = "class"  # what is pooled: the class token as CLIP does, or the patches' "mean"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
@@ -60,6 +61,8 @@ class VisionConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}: choose one of {list(ACTIVATIONS)}")
+        if self.pool not in ("class", "mean"):
+            raise ValueError(f"pool {self.pool!r}: choose 'class' or 'mean'")
 
     @property
     def n_patches(self) -> int:
@@ -278,8 +281,8 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, I)
         x = x.view(I, -1, c.dim)
-        pooled = self.proj(self.post_norm(x[:, 0]))  # (I, E): the class token's place
-        return x[:, 1:].reshape(-1, c.dim), pooled
+        pooled = x[:, 0] if c.pool == "class" else x[:, 1:].mean(1)  # (I, C)
+        return x[:, 1:].reshape(-1, c.dim), self.proj(self.post_norm(pooled))
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (I, 3, h, w) -> (x / 255 - mean) / std, on the pictures' own device."""

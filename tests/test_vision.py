@@ -356,6 +356,13 @@ def test_the_vision_transformer_is_clips(activation, n):
 
 
 @torch.no_grad()
+def test_the_pooled_feature_can_be_the_patches_mean_instead():
+    vit = clip_and_ours(replace(VIT, pool="mean"))[1]
+    tokens, pooled = vit(some_images(3))
+    torch.testing.assert_close(pooled, vit.proj(vit.post_norm(tokens.view(3, 9, 32).mean(1))))
+
+
+@torch.no_grad()
 def test_heads_need_not_divide_the_width_and_pictures_may_have_their_own_mean():
     config = replace(VIT, n_heads=3, head_dim=5, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0))
     vit = VisionTransformer(config)
@@ -398,6 +405,7 @@ def test_the_intervals_say_the_same_as_the_hints(monkeypatch):
 @pytest.mark.parametrize("changes, match", [
     (dict(image_size=20), "image_size 20 must be a multiple of patch_size 8"),
     (dict(activation="relu"), "'relu': choose one of.*quick_gelu.*gelu"),
+    (dict(pool="max"), "pool 'max': choose 'class' or 'mean'"),
 ])
 def test_a_config_that_cannot_be_built_is_refused_with_its_values(changes, match):
     with pytest.raises(ValueError, match=match):
