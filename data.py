@@ -245,10 +245,9 @@ def pixels(reference: object, size: int) -> Tensor:
 # ------------------------------------------------------------------------------------ sources
 
 
-# How often each kind of question is asked. A box is thirty tokens long, its last digits cannot be
-# known, and every token weighs the same in the loss: asked as often as the rest, boxes would drown
-# the one-word answers.
-SHARES = {"what": 4, "colour": 4, "yes/no": 6, "how many": 5, "where": 5, "box": 1.2, "find": 1.5,
+# How often each kind of question is asked. A box is thirty tokens long and its last digits cannot
+# be known: asked too often, it would drown the one-word answers in the loss.
+SHARES = {"what": 4, "colour": 4, "yes/no": 6, "how many": 5, "where": 5, "box": 3, "find": 1.5,
           "caption": 0.5}
 
 
@@ -292,7 +291,7 @@ class DrawnWorld:
     def instruct(self, seed: int, rng: random.Random) -> list[Document]:
         scene = world.make_scene(seed, self.split)
         picture, kind = self.picture(scene), rng.random()
-        if kind < 0.2:  # two pictures, interleaved
+        if kind < 0.35:  # two pictures, interleaved
             near = rng.random() < 0.7
             other = world.edited(scene, rng) if near else world.make_scene(seed + 2**60, self.split)
             pictures = [picture, self.picture(other)]
@@ -300,7 +299,7 @@ class DrawnWorld:
         else:
             pictures, asked = [picture], self.questions(scene, rng, 8)
         turns = [([], q.question, q.answer) for q in asked]
-        if 0.2 <= kind < 0.45:  # answered with a picture, which is then talked about
+        if 0.35 <= kind < 0.55:  # answered with a picture, which is then talked about
             return [chat_document([([], world.request(scene, rng), Ret(picture)), *turns])]
         return conversations(pictures, turns, rng)
 
