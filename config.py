@@ -41,7 +41,7 @@ class TrainConfig:
 
     stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order",
                                      ("pretrain", "instruct", "pairs"))
-    steps: tuple[int, ...] = option((2300, 550), "optimizer steps of each stage", low=1)
+    steps: tuple[int, ...] = option((2200, 450), "optimizer steps of each stage", low=1)
     lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage", above=0)
     min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage",
                                        low=0)

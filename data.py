@@ -247,7 +247,7 @@ def pixels(reference: object, size: int) -> Tensor:
 
 # How often each kind of question is asked. A box is thirty tokens long and its last digits cannot
 # be known: asked too often, it would drown the one-word answers in the loss.
-SHARES = {"what": 4, "colour": 4, "yes/no": 6, "how many": 5, "where": 5, "box": 3, "find": 1.5,
+SHARES = {"what": 4, "colour": 4, "yes/no": 6, "how many": 5, "where": 5, "box": 4, "find": 1.5,
           "caption": 0.5}
 
 
@@ -277,7 +277,7 @@ class DrawnWorld:
         said = [caption_documents(picture, words)[0] for words in short_captions(scene, rng)]
         caption, search = caption_documents(picture, world.caption(scene, rng))
         phrase, _ = caption_documents(picture, world.grounded_phrase(scene, rng))
-        rare = [(caption, 0.2), (search, 0.5), (phrase, 0.2)]
+        rare = [(caption, 0.2), (search, 0.5), (phrase, 0.25)]
         return said + [document for document, share in rare if rng.random() < share]
 
     def questions(self, scene: world.Scene, rng: random.Random, n: int) -> list[world.Question]:
@@ -313,11 +313,11 @@ def short_captions(scene: world.Scene, rng: random.Random) -> list[str]:
     """
     captions = []
     for t in scene.things:
-        at, kind = world.at(t.place), world.a(t.kind)
-        from_place = f"{at} {rng.choice((world.a(t.name), kind, world.a(f'{t.size} {t.kind}')))}."
-        from_colour = f"the {t.colour} thing is {rng.choice((f'{kind} {at}', at))}."
+        at = world.at(t.place)
+        from_place = f"{at} {world.a(rng.choice((t.name, f'{t.size} {t.kind}')))}."
+        from_colour = f"the {t.colour} thing is {rng.choice((f'{world.a(t.kind)} {at}', at))}."
         captions.append(rng.choice((from_place, from_colour)))
-        rest = rng.choice((f"{t.colour}, {at}", f"{at}, {t.colour}"))
+        rest = rng.choice((f"{t.colour}, {at}", f"{at}, {t.colour}", f"{t.size}, {at}"))
         captions.append(f"the {t.kind} is {rest}.")
     return [*captions, count_caption(scene, rng)]
 
