@@ -9,6 +9,7 @@ on two ranks goes on with one, or four. The state of the data is a single intege
 the order of the samples depends on nothing else (data.sample_numbers).
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -25,7 +26,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 
 MARKER = "state.json"
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict,
@@ -39,8 +39,9 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer
         shutil.rmtree(folder, ignore_errors=True)  # a cut-off one of the same step
     wait()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder,
-             no_dist=not dist.is_initialized())
+    with no_word_about_one_process():
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder,
+                 no_dist=not dist.is_initialized())
     if is_first():
         unfinished = folder / f"{MARKER}.part"
         with open(unfinished, "w", encoding="utf-8") as file:
@@ -61,21 +62,30 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Non
     """
     weights, moments = get_state_dict(model, optimizer)
     try:
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
-                 no_dist=not dist.is_initialized())
+        with no_word_about_one_process():
+            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
+                     no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError,
             pickle.UnpicklingError) as error:
         raise ValueError(damaged(folder, type(error).__name__)) from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-def read_state(folder: Path, keys: tuple[str, ...]) -> dict:
-    """The `state` that the checkpoint was saved with; ValueError if it lacks one of the keys."""
+@contextlib.contextmanager
+def no_word_about_one_process():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
+        yield
+
+
+def read_state(folder: Path, kinds: dict[str, type]) -> dict:
+    """The `state` that the checkpoint was saved with; ValueError unless each key is of its kind."""
     try:
         state = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(damaged(folder, MARKER)) from None
-    if not isinstance(state, dict) or not state.keys() >= set(keys):
+    if not isinstance(state, dict) or any(
+            type(state.get(key)) is not kind for key, kind in kinds.items()):
         raise ValueError(damaged(folder, MARKER))
     return state
 

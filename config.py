@@ -31,7 +31,7 @@ def option(default, help: str, choices: tuple = (), low: float = -math.inf,
 
 @dataclass(frozen=True)
 class TrainConfig:
-    preset: str = option("tiny", "which row of PRESETS to start from")
+    preset: str = option("tiny", "model and flags to start from; so far there is only this one")
     data: str = option("", "folder of name.jpg + name.txt pairs; without it, the drawn world")
     init: str = option("", "model folder to start from ('none': from nothing); with --data "
                            "assets/tiny unless said otherwise, else nothing")
@@ -161,11 +161,12 @@ def pick_device(name: str, local: int = 0) -> torch.device:
     "auto" takes CUDA, else Apple's MPS, else the CPU.
     """
     n_cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    n_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
         name = "cuda" if n_cuda else "mps" if mps else "cpu"
-    if name == "cuda" and local >= n_cuda:
-        raise UserError(f"--device cuda: torch sees {n_cuda} CUDA devices, process {local} needs "
-                        f"one of its own; start fewer processes, or use --device cpu")
+    if name == "cuda" and n_local > n_cuda:  # so that every process refuses
+        raise UserError(f"--device cuda: torch sees {n_cuda} CUDA devices, and each of {n_local} "
+                        f"processes needs its own; start fewer, or use --device cpu")
     if name == "mps" and not mps:
         raise UserError("--device mps: torch sees no Apple GPU; use --device cpu")
     return torch.device(name, local) if name == "cuda" else torch.device(name)
@@ -188,6 +189,7 @@ def run_main(main: typing.Callable[[], None]) -> None:
 
     Ctrl-C ends it with 130, and a reader that goes away (`| head`) with 1, both without a word.
     """
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can write every character
     try:
         main()
     except UserError as error:
@@ -232,18 +234,21 @@ def resumed(given: dict) -> TrainConfig:
 
 def parse(argv: list[str]) -> TrainConfig:
     """Command line -> config: preset, then flags; or a resumed run's. Wrong flags exit with 2."""
-    parser = Parser(prog="train.py", description="Train a vision-language model.")
+    parser = Parser(prog="train.py", description="Train a vision-language model. In brackets: what "
+                    "holds unless said otherwise; a preset, and --data, may choose for themselves.")
     types_of = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
         kind = types_of[f.name]
         many = typing.get_origin(kind) is tuple
         parser.add_argument(
-            flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=f.metadata["help"],
+            flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=help_of(f),
             type=typing.get_args(kind)[0] if many else kind, nargs="+" if many else None,
             choices=None if many else f.metadata["choices"] or None,
         )
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if given.get("data"):  # a resumed run may be called from elsewhere
+        given["data"] = os.path.abspath(given["data"])
     if given.get("resume", "auto") != "auto":
         return resumed(given)
     automatic = given.pop("resume", None)
@@ -260,6 +265,12 @@ def parse(argv: list[str]) -> TrainConfig:
     if automatic and (config.run_folder / "config.json").is_file():
         return resumed(given | {"resume": str(config.run_folder)})
     return config
+
+
+def help_of(f: dataclasses.Field) -> str:
+    value = f.default
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f.metadata["help"] + (f" [{shown}]" if shown else "")
 
 
 # A user's own folder of captioned pictures: one stage, everything trained, few steps.

@@ -268,6 +268,9 @@ class DrawnWorld:
         seed = self.seed + index
         return self.make(seed, random.Random(seed))
 
+    def name(self, index: int) -> str:
+        return f"scene {self.seed + index}"
+
     def picture(self, scene: world.Scene) -> np.ndarray:
         return np.asarray(world.draw(scene, self.size))
 
@@ -353,10 +356,16 @@ class Pairs:
     def __init__(self, pairs: list[tuple], seed: int):
         self.pairs, self.seed = pairs, seed
 
-    def __getitem__(self, index: int) -> list[Document]:
+    def pair(self, index: int) -> tuple:
         epoch, place = divmod(index, len(self.pairs))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
-        path, caption = self.pairs[order[place]]
+        return self.pairs[order[place]]
+
+    def name(self, index: int) -> str:
+        return str(self.pair(index)[0])
+
+    def __getitem__(self, index: int) -> list[Document]:
+        path, caption = self.pair(index)
         picture = open_image(path)
         question = chat_document([([picture], "What is in the picture?", caption)])
         return [*caption_documents(picture, caption), question]
@@ -397,10 +406,12 @@ class Samples(Dataset):
             return str(error)
         longest = max(len(d.ids) for d in documents)
         if longest > self.max_seq_len:
-            return f"a document of {longest} tokens, longer than max_seq_len {self.max_seq_len}"
+            return (f"{self.source.name(index)}: a document of {longest} tokens, longer than "
+                    f"max_seq_len {self.max_seq_len}")
         most = max(len(d.images) for d in documents)
         if self.max_images and most > self.max_images:
-            return f"a document of {most} pictures, more than max_images {self.max_images}"
+            return (f"{self.source.name(index)}: a document of {most} pictures, more than "
+                    f"max_images {self.max_images}")
         return documents
 
 

@@ -10,6 +10,7 @@ caption pair, a conversation, an interleaved web page differ only in the reader 
 A *sample* is a list of documents that belong together and are addressed by one integer.
 """
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,3 +80,8 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, str]]:
     if not pairs:
         raise ValueError(f"{folder}: no pictures; it should hold name.jpg + name.txt pairs")
     return pairs
+
+
+def fingerprint(pairs: list[tuple[Path, str]]) -> int:
+    """A number that changes when a pair comes, goes or gets another caption."""
+    return zlib.crc32(repr([(path.name, caption) for path, caption in pairs]).encode())

@@ -468,7 +468,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float,
     """logits (B, V) -> tokens (B,): the likeliest, or a draw from the cut-off distribution."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow when it is tiny
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

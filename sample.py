@@ -26,7 +26,8 @@ def arguments():
     add("--image", action="append", default=[], help="a picture; several are shown in order")
     add("--prompt", help="the question (default: what is in the picture)")
     add("--model", default="", help="model folder (default: the small one that ships here)")
-    add("--device", default="cpu", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    add("--device", default="cpu", choices=["auto", "cpu", "cuda", "mps"],
+        help="where to compute (default: cpu)")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest word")
     add("--top-k", type=int, default=0, help="draw among the k likeliest only (0: all)")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest that make up this much")
@@ -53,9 +54,6 @@ def main() -> None:
     args = arguments()
     with input_errors():
         pictures = [open_image(path) for path in args.image]
-    if not args.model:
-        sys.stderr.write("This small built-in model knows drawn scenes only; "
-                         "for photographs give --model FOLDER.\n")
     device = pick_device(args.device)
     with input_errors():
         model, tokenizer = load_model(args.model or BUILT_IN, device)
@@ -74,6 +72,9 @@ def main() -> None:
             stop=(tokenizer.end_id, tokenizer.eos_id),
             forbidden=(tokenizer.image_id, tokenizer.ret_id),
         ):
+            if not ids and not args.model:
+                sys.stderr.write("This small built-in model knows drawn scenes only; "
+                                 "for photographs give --model FOLDER.\n")
             ids.append(step.token)
             if step.token in (tokenizer.end_id, tokenizer.eos_id):
                 break

@@ -48,7 +48,7 @@ class VisionConfig:
     head_dim: int = 64
     hidden_dim: int = 4096
     norm_eps: float = 1e-5
-    activation: str = "quick_gelu"  # or "gelu": a property of the weights, see weights.py
+    activation: str = "quick_gelu"  # or "gelu": which one, the weights decide
     embed_dim: int = 768  # width of the pooled, projected feature
     pool: str = "class"  # what is pooled: the class token as CLIP does, or the patches' "mean"
     mean: tuple[float, float, float] = CLIP_MEAN

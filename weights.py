@@ -99,9 +99,13 @@ def config_from_dict(kind: type, values: object):
             if field.default is dataclasses.MISSING:
                 raise ValueError(f"{field.name!r} of {kind.__name__} is missing")
             continue
-        arguments[field.name] = _from_json(f"{kind.__name__}.{field.name}", hints[field.name],
-                                           values[field.name])
-    return kind(**arguments)
+        name, value = f"{kind.__name__}.{field.name}", values[field.name]
+        arguments[field.name] = _from_json(name, hints[field.name], value)
+    config = kind(**arguments)
+    for field in dataclasses.fields(kind):
+        if getattr(config, field.name) == 0 and hints[field.name] is int and field.default != 0:
+            raise ValueError(f"{kind.__name__}.{field.name} must be above 0")
+    return config
 
 
 def _from_json(name: str, hint: object, value: object):

@@ -429,6 +429,11 @@ def test_draws_follow_the_cut_off_distribution(options, expected):
     assert (share - expected).abs().max() < 5 * 0.5 / n**0.5
 
 
+def test_the_smallest_temperature_takes_the_likeliest():
+    logits, generator = torch.tensor([[1.0, 3.0, 2.0]]), torch.Generator().manual_seed(0)
+    assert choose(logits, 1e-40, 0, 1.0, generator).tolist() == [1]
+
+
 def test_forbidden_tokens_are_never_written(build):
     model, prompts = build("latest"), documents(MIXED)
     allowed = {7, 8, END}

@@ -142,6 +142,7 @@ def test_a_missing_part_and_an_impossible_value_of_a_config_are_named(folder):
 @pytest.mark.parametrize("change, says", [
     (lambda x: x["decoder"].update(dim="128"), "DecoderConfig.dim must be int, not '128'"),
     (lambda x: x["decoder"].update(dim=-128), "DecoderConfig.dim must not be negative, got -128"),
+    (lambda x: x["vision"].update(n_heads=0), "VisionConfig.n_heads must be above 0"),
     (lambda x: x["decoder"].update(n_layers=True), "n_layers must be int, not True"),
     (lambda x: x["vision"].update(mean=[0.5]), "VisionConfig.mean must be a list of 3"),
     (lambda x: x["vision"].update(patch_size=0), "must be a multiple of patch_size 0"),
