@@ -41,7 +41,7 @@ class TrainConfig:
 
     stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order",
                                      ("pretrain", "instruct", "pairs"))
-    steps: tuple[int, ...] = option((2200, 450), "optimizer steps of each stage", low=1)
+    steps: tuple[int, ...] = option((2350, 600), "optimizer steps of each stage", low=1)
     lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage", above=0)
     min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage",
                                        low=0)
@@ -56,10 +56,10 @@ class TrainConfig:
                                    low=1)
     gate_start: float = option(0.0, "where the gates of a model from nothing start, before tanh")
     gate_lr_scale: float = option(1.0, "gates learn at this multiple of the learning rate", low=0)
-    weight_decay: float = option(0.1, "AdamW's, on matrices and tables only", low=0)
-    beta1: float = option(0.9, "AdamW's", low=0, below=1)
-    beta2: float = option(0.95, "AdamW's", low=0, below=1)
-    adam_eps: float = option(1e-8, "AdamW's", above=0)
+    weight_decay: float = option(0.1, "pull of AdamW towards 0, on matrices and tables only", low=0)
+    beta1: float = option(0.9, "how much of its mean gradient AdamW keeps a step", low=0, below=1)
+    beta2: float = option(0.95, "how much of its mean square AdamW keeps a step", low=0, below=1)
+    adam_eps: float = option(1e-8, "added to AdamW's divisor", above=0)
     grad_clip: float = option(1.0, "largest gradient norm", above=0)
     contrastive_weight: float = option(0.1, "weight of the contrastive loss beside the tokens'",
                                        low=0)
@@ -220,6 +220,8 @@ def resumed(given: dict) -> TrainConfig:
         raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
     if not isinstance(before, dict) or "stages" not in before:
         raise UserError(f"--resume {folder}: is no run folder (its config.json is none of a run's)")
+    if given.get("data"):
+        given["data"] = os.path.abspath(given["data"])
     for name, value in given.items():
         value = list(value) if isinstance(value, tuple) else value
         if name not in MAY_CHANGE and value != before.get(name):
@@ -247,8 +249,6 @@ def parse(argv: list[str]) -> TrainConfig:
         )
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    if given.get("data"):  # a resumed run may be called from elsewhere
-        given["data"] = os.path.abspath(given["data"])
     if given.get("resume", "auto") != "auto":
         return resumed(given)
     automatic = given.pop("resume", None)

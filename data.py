@@ -247,7 +247,7 @@ def pixels(reference: object, size: int) -> Tensor:
 
 # How often each kind of question is asked. A box is thirty tokens long and its last digits cannot
 # be known: asked too often, it would drown the one-word answers in the loss.
-SHARES = {"what": 4, "colour": 4, "yes/no": 6, "how many": 5, "where": 5, "box": 4, "find": 1.5,
+SHARES = {"what": 4, "colour": 4, "yes/no": 6, "how many": 5, "where": 5, "box": 2, "find": 1.5,
           "caption": 0.5}
 
 
@@ -294,7 +294,7 @@ class DrawnWorld:
     def instruct(self, seed: int, rng: random.Random) -> list[Document]:
         scene = world.make_scene(seed, self.split)
         picture, kind = self.picture(scene), rng.random()
-        if kind < 0.35:  # two pictures, interleaved
+        if kind < 0.25:  # two pictures, interleaved
             near = rng.random() < 0.7
             other = world.edited(scene, rng) if near else world.make_scene(seed + 2**60, self.split)
             pictures = [picture, self.picture(other)]
@@ -302,7 +302,7 @@ class DrawnWorld:
         else:
             pictures, asked = [picture], self.questions(scene, rng, 8)
         turns = [([], q.question, q.answer) for q in asked]
-        if 0.35 <= kind < 0.55:  # answered with a picture, which is then talked about
+        if 0.25 <= kind < 0.45:  # answered with a picture, which is then talked about
             return [chat_document([([], world.request(scene, rng), Ret(picture)), *turns])]
         return conversations(pictures, turns, rng)
 
@@ -317,10 +317,11 @@ def short_captions(scene: world.Scene, rng: random.Random) -> list[str]:
     captions = []
     for t in scene.things:
         at = world.at(t.place)
-        from_place = f"{at} {world.a(rng.choice((t.name, f'{t.size} {t.kind}')))}."
+        said = rng.choice((t.name, t.name, f"{t.size} {t.kind}"))
+        from_place = f"{at} {world.a(said)}."
         from_colour = f"the {t.colour} thing is {rng.choice((f'{world.a(t.kind)} {at}', at))}."
         captions.append(rng.choice((from_place, from_colour)))
-        rest = rng.choice((f"{t.colour}, {at}", f"{at}, {t.colour}", f"{t.size}, {at}"))
+        rest = rng.choice((f"{t.colour}, {at}", f"{at}, {t.colour}") * 3 + (f"{t.size}, {at}",) * 2)
         captions.append(f"the {t.kind} is {rest}.")
     return [*captions, count_caption(scene, rng)]
 

@@ -321,6 +321,8 @@ def write_choices(config: TrainConfig, out: Path, model: VisionLanguageModel,
         tokenizer.save(out / "tokenizer.model")
     (out / "model.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
     (out / "log.jsonl").write_text("")  # nothing counts that was logged before any checkpoint
+    if config.data:  # a resumed run may be called from elsewhere
+        config = dataclasses.replace(config, data=os.path.abspath(config.data))
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 

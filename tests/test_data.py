@@ -362,15 +362,24 @@ def test_a_broken_pictures_sample_is_dropped_with_its_reason_and_the_rest_stay(
     assert equal(replace(batch, dropped=()), expected)
 
 
+class Listed(list):
+    """A source of the samples in a list."""
+
+    def name(self, index: int) -> str:
+        return f"sample {index}"
+
+
 def test_a_document_that_is_too_long_is_dropped_with_both_numbers(tokenizer, tiny_config):
     short = [[Text("a cat", learn=True)]]
     longest = len(encode(short[0], tokenizer).ids)
     long = [short[0], [Text("a cat a cat", learn=True)], []]
     n = len(encode(long[1], tokenizer).ids)
     config = tiny_config(max_seq_len=longest)  # the short one just fits
-    (batch,) = loader([long, short, long], tokenizer, config, iter([[0, 1, 2]]), workers=0)
+    source = Listed([long, short, long])
+    (batch,) = loader(source, tokenizer, config, iter([[0, 1, 2]]), workers=0)
     reason = f"a document of {n} tokens, longer than max_seq_len {longest}"
-    assert batch.dropped == (reason, reason) and batch.n_samples == 1
+    assert batch.dropped == (f"sample 0: {reason}", f"sample 2: {reason}")
+    assert batch.n_samples == 1
     assert batch.tokens.tolist() == encode(short[0], tokenizer).ids
 
 
@@ -380,8 +389,9 @@ def test_a_document_with_more_pictures_than_can_be_told_apart_is_dropped_with_bo
     two, three = ([[Image(picture(0))] * n] for n in (2, 3))
     for rule, n_dropped in (("all", 1), ("latest", 0)):
         config = tiny_config(visible_images=rule, max_images=2 * (rule == "all"))
-        (batch,) = loader([two, three], tokenizer, config, iter([[0, 1]]), workers=0)
-        assert batch.dropped == ("a document of 3 pictures, more than max_images 2",) * n_dropped
+        (batch,) = loader(Listed([two, three]), tokenizer, config, iter([[0, 1]]), workers=0)
+        reason = "sample 1: a document of 3 pictures, more than max_images 2"
+        assert batch.dropped == (reason,) * n_dropped
         assert batch.n_samples == 2 - n_dropped
 
 
