@@ -181,6 +181,9 @@ def train_step(model, optimizer, batches: list, *, contrastive_weight: float,
                grad_clip: float) -> StepResult:
     """One optimizer step over all ranks; a step whose gradient is not finite changes nothing."""
     means, counts = losses(model, batches, contrastive_weight, backward=True)
+    for p in model.parameters():  # a checkpoint needs a state of each, also if no <ret> came yet
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if math.isfinite(norm):

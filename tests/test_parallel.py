@@ -9,8 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from data import Text, collate, collate_options, encode
 from model import Output
-from parallel import contrastive_loss
+from parallel import contrastive_loss, train_step
 
 
 def features(seed: int, n_text: int, n_image: int, dim: int = 6):
@@ -111,3 +112,12 @@ def test_the_stand_in_of_a_batch_without_ret_weighs_nothing():
     assert loss.item() == 0 and right == 0
     for grad in torch.autograd.grad(loss, (text, image)):
         assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_a_step_without_ret_leaves_an_optimizer_state_that_is_whole(tiny_model, tokenizer):
+    model = tiny_model(contrastive_dim=8)  # else a checkpoint of it could not be loaded again
+    document = encode([Text("a red cat", learn=True)], tokenizer)
+    batch = collate([[document]], **collate_options(tokenizer, model.config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train_step(model, optimizer, [batch], contrastive_weight=0.1, grad_clip=1.0)
+    assert batch.n_rets == 0 and set(optimizer.state) == set(model.parameters())
