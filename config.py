@@ -69,6 +69,8 @@ class TrainConfig:
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32",
                         ("auto", "float32", "bfloat16"))
+    backend: str = option("auto", "whose kernels; auto: triton on CUDA, else torch",
+                          ("auto", "triton", "torch", "reference"))
     workers: int = option(1, "data-loading processes per rank", low=0)
     eval_every: int = option(250, "steps between evaluations (0: only at the end)", low=0)
     eval_questions: int = option(60, "questions of each kind in an evaluation on the way", low=1)
@@ -204,8 +206,8 @@ def run_main(main: typing.Callable[[], None]) -> None:
 
 
 # What may differ when a run goes on; anything else would make it another run.
-MAY_CHANGE = ("resume", "device", "workers", "eval_every", "eval_questions", "exam_questions",
-              "checkpoint_every", "keep")
+MAY_CHANGE = ("resume", "device", "backend", "workers", "eval_every", "eval_questions",
+              "exam_questions", "checkpoint_every", "keep")
 
 
 def resumed(given: dict) -> TrainConfig:

@@ -15,9 +15,8 @@ A gated block adds tanh(gate) * attention(...) to the words, and its gates start
 step of training the decoder is bit for bit the language model it was before.
 
 There is no batch axis and no padding. Documents lie end to end in one stream of T tokens; their
-pictures lie end to end in another of I * P tokens. Which keys a token sees is two numbers a row,
-for the text [text_start, own position], for the pictures [image_start, image_end) counted in
-pictures. A token that sees no picture passes a gated block unchanged.
+pictures lie end to end in another of I * P tokens. Which keys a token sees is two numbers a row: of
+the text [text_start, own position], of the pictures [image_start, image_end), counted in pictures.
 
 Dimensions, here and everywhere:
     B batch (documents being written)  T query tokens  S keys        C width       H heads
@@ -136,8 +135,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple:
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class SelfAttention(nn.Module):
@@ -179,8 +178,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(c)
 
     def forward(self, x: Tensor, rope: tuple, span: Span, append: Callable | None = None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, span, append)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attn(self.attn_norm(x), rope, span, append)
+        normed, x = self.mlp_norm(attended, x)  # also the sum of both
+        return x + self.mlp(normed)
 
 
 # ------------------------------------------------------------------------- looking at pictures

@@ -41,6 +41,7 @@ from config import (
 )
 from data import Batch, DrawnWorld, Pairs, example_pictures, loader, sample_numbers
 from formats import find_pairs, fingerprint
+from kernels import backend_for, set_backend
 from model import ModelConfig, VisionLanguageModel
 from parallel import (
     Ranks,
@@ -82,6 +83,7 @@ def main() -> None:
     config, ranks = parse(sys.argv[1:]), this_rank()
     check_split(config, ranks)
     with input_errors():
+        set_backend(None if config.backend == "auto" else config.backend)
         pairs = find_pairs(config.data) if config.data else []
     device = pick_device(config.device, ranks.local)
     checkpoint, state = stopped_at(config, pairs)
@@ -103,9 +105,9 @@ def main() -> None:
     run = Run(config, out, ranks, device, dtype, pairs, model, tokenizer,
               peak_flops(device, dtype) * ranks.size, stopping,
               state.get("seconds", 0.0), state.get("reached"))
-    n_parameters = sum(p.numel() for p in model.parameters())
-    say(run, f"{n_parameters / 1e6:.2f} M parameters, {device.type}, {str(dtype)[6:]}, "
-             f"{ranks.size} process{'es' * (ranks.size > 1)}, run folder {out}")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    say(run, f"{millions:.2f} M parameters, {device.type}, {str(dtype)[6:]}, run folder {out}, "
+             f"{ranks.size} process{'es' * (ranks.size > 1)}, kernels: {backend_for(model.head)}")
     for number in range(state.get("stage", 0), len(config.stages)):
         if not train_stage(run, number, checkpoint, state):
             say(run, f"stopped; go on with: python train.py --resume {out}")

@@ -162,8 +162,8 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple:
+        return layer_norm(x, self.weight, self.bias, self.eps, residual)
 
 
 class PatchEmbed(nn.Module):
@@ -253,8 +253,8 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(config.dim, config.hidden_dim, config.activation)
 
     def forward(self, x: Tensor, n_images: int) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), n_images)
-        return x + self.mlp(self.mlp_norm(x))
+        normed, x = self.mlp_norm(self.attn(self.attn_norm(x), n_images), x)  # also their sum
+        return x + self.mlp(normed)
 
 
 # ---------------------------------------------------------------------------------- the two wholes
@@ -332,8 +332,9 @@ class ResamplerBlock(nn.Module):
         k = self.k_proj(keys).view(len(keys), self.n_heads, -1)
         v = self.v_proj(keys).view(len(keys), self.n_heads, -1)
         o = attend_within(q, k, v, I)  # (I * L, H, D)
-        latents = latents + self.o_proj(o.flatten(1)).view_as(latents)
-        return latents + self.mlp(self.mlp_norm(latents))
+        attended = self.o_proj(o.flatten(1)).view_as(latents)
+        normed, latents = self.mlp_norm(attended, latents)  # also the sum of both
+        return latents + self.mlp(normed)
 
 
 class PerceiverResampler(nn.Module):

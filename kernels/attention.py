@@ -7,44 +7,45 @@ Every query row i attends to one contiguous run of keys, [start_i, end_i):
     words -> pictures       start_i = first visible picture's tokens   end_i = behind the last one's
     decoding with a cache   start_i = first row of i's slot            end_i = behind its last token
 
-    o_i = sum_j p_ij v_j,   p_i = softmax over j in [start_i, end_i) of  scale * (q_i . k_j)
+What is slow. Attention as written below makes T x S scores and, in bf16, moves each of them to
+memory and back four times: 2 GB a head-layer for 16,000 tokens, nearly all of it masked away when
+the stream is made of captions. One kernel that keeps a tile of scores in registers (FlashAttention,
+Dao et al. 2022, 2023) moves q, k, v and o once and no score at all. This one reads its keys by the
+interval, so it does no work outside; neither start nor end ever decreases along the stream, so the
+keys that a block of rows sees are one run, and so are the rows that see a block of keys.
 
-A row whose interval is empty (start >= end) gives exactly zero and sends exactly zero back.
+    keys of a block of rows    lowest start ... highest start ... lowest end ... highest end
+                               |-- masked head --|-- every row sees all --|-- masked tail --|
 
-Nothing is padded by the caller: documents and pictures lie end to end in one long stream. A dense
-T x S mask for 64 documents of 100 tokens would hold 127 times more entries than are true, so
-the `torch` backend below never builds one. It looks at the intervals once per batch on the CPU
-(`attention_hints`), finds the rectangles and triangles they are made of, and gives each family of
-like-sized ones to `scaled_dot_product_attention` as one small dense batch:
-
-    rows      0 1 2 3 4 5 6 7 8                document A = rows 0-3, B = 4-6, C = 7-8
-    start     0 0 0 0 4 4 4 7 7                three triangles of 4, 3 and 2 rows; those of
-    end       1 2 3 4 5 6 7 8 9                like length (FAMILY_RATIO) share a batch
-
-Triangles may be padded to the longest of their family without any mask: the padding stands to the
-right of every real key, and causality hides it. Rectangles only pad their query rows, which are
-thrown away. Everything else (sliding windows, decoding slots) is cut into small masked tiles.
+Read in this order: online_softmax.py, one tile of scores; here the definition, the forward pass,
+the backward pass and how torch learns of them; decode.py, few rows with many keys each; spans.py,
+the same without Triton.
 """
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-FAMILY_RATIO = 1.3  # spans of one dense batch differ in length by this factor at most
-TILE_ROWS = 128  # rows of one masked tile; bounds the mask to TILE_ROWS x (keys of the tile)
+from kernels.backend import INTERPRETED, backend_for, debugging, jit, next_power_of_2, tl, triton
+from kernels.decode import decodes
+from kernels.online_softmax import LOG2E, attend, block_d, load_rows, scores_of, store_rows
+from kernels.spans import (
+    AttentionHints,
+    attention_hints,
+    check_intervals,
+    interval_attention_torch,
+)
 
-
-# ------------------------------------------------------------------------- reference, for reading
+# -------------------------------------------------------------------------- the definition
+#
+#     o_i = sum_j p_ij v_j,   p_i = softmax over j in [start_i, end_i) of  scale * (q_i . k_j)
+#
+# A row whose interval is empty (start >= end) gives exactly zero and sends exactly zero back.
 
 
 def interval_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float
 ) -> Tensor:
     """The definition in float64, one dense T x S mask. Slow and exact; the tests' yardstick."""
-    check_intervals(start, end, k.shape[0])
     group = q.shape[1] // k.shape[1]
     k64 = k.double().repeat_interleave(group, dim=1)  # (S, H, D)
     v64 = v.double().repeat_interleave(group, dim=1)
@@ -58,194 +59,291 @@ def interval_attention_reference(
     return torch.einsum("hts,shd->thd", weights, v64).to(q.dtype)
 
 
-def check_intervals(start: Tensor, end: Tensor, n_keys: int) -> None:
-    """Raise ValueError unless both ends never decrease and non-empty intervals lie in 0..S."""
-    for name, values in (("start", start), ("end", end)):
-        falls = (values[1:] < values[:-1]).nonzero()
-        if len(falls):
-            i = int(falls[0])
-            raise ValueError(
-                f"{name} must not decrease, but {name}[{i}] = {int(values[i])} "
-                f"> {name}[{i + 1}] = {int(values[i + 1])}"
-            )
-    outside = ((start < end) & ((start < 0) | (end > n_keys))).nonzero()
-    if len(outside):
-        i = int(outside[0])
-        raise ValueError(
-            f"interval {i} is [{int(start[i])}, {int(end[i])}), outside of the {n_keys} keys"
-        )
+# ------------------------------------------------------------------------------ tile sizes
+
+# (BLOCK_M query rows, BLOCK_N keys, warps, stages) of the forward, dq and dk/dv kernels, by
+# compute capability, padded head_dim and role (spans.py). A caption of 40 tokens fills a fifth of a
+# 128 x 128 tile and most of a 64 x 32 one. None spills registers (tests/test_compile.py).
+TILES = {
+    (80, 64, "short"): ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
+    (80, 64, "medium"): ((64, 32, 4, 4), (64, 64, 8, 3), (32, 64, 4, 3)),
+    (80, 64, "long"): ((128, 64, 8, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
+    (80, 128, "short"): ((64, 32, 4, 3), (64, 32, 4, 2), (32, 64, 8, 2)),
+    (80, 128, "medium"): ((64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+    (80, 128, "long"): ((64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+    (90, 64, "short"): ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
+    (90, 64, "medium"): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    (90, 64, "long"): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
+    (90, 128, "short"): ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 8, 2)),
+    (90, 128, "medium"): ((64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+    (90, 128, "long"): ((128, 64, 8, 3), (64, 64, 8, 3), (32, 64, 8, 2)),
+}
+# For fp32, which no tensor core computes exactly enough, and for heads wider than 128.
+SMALL_TILES = ((16, 16, 8, 2),) * 3
+INTERPRETER_TILES = ((32, 16, 1, 1), (16, 32, 1, 1), (16, 32, 1, 1))
 
 
-# ------------------------------------------------------------------ hints: the shape of a batch
+def tiles(q: Tensor, role: str) -> tuple:
+    """The entry of TILES for q's head_dim, dtype and device."""
+    if INTERPRETED:
+        return INTERPRETER_TILES
+    width = max(64, next_power_of_2(q.shape[-1]))
+    if q.dtype == torch.float32 or width > 128:
+        return SMALL_TILES
+    newest = 90 if torch.cuda.get_device_capability(q.device) >= (9, 0) else 80
+    return TILES[newest, width, role]
 
 
-@dataclass
-class SpanGroup:
-    """Like-sized spans that run as one dense batch: n spans of m query rows and s keys each."""
-
-    n: int
-    m: int
-    s: int
-    rows: slice | Tensor  # (n * m,) query rows; a slice when they already lie in order
-    keys: slice | Tensor  # (n * s,) key rows
-    causal: bool  # row r of a span sees its keys 0..r
-    mask: Tensor | None  # (n, 1, m, s), True where visible; None when nothing needs hiding
+# ---------------------------------------------------------------------------- forward kernel
 
 
-@dataclass
-class AttentionHints:
-    """What one batch's intervals look like; made on the CPU by `attention_hints`.
+@jit
+def phases(start, end, n_keys, BLOCK_N: tl.constexpr):
+    """Where the masked head, the unmasked middle and the masked tail of the key loop begin.
 
-    place (T,): where row t's result stands among the groups' results laid end to end (empty rows
-    point behind the last one, at a row of zeros). None: the one group's results are in order.
+    Returns four key numbers: head, middle, tail, stop; equal ones where a phase is left out.
     """
-
-    groups: list[SpanGroup]
-    place: Tensor | None
-
-    def to(self, device: torch.device) -> "AttentionHints":
-        def move(x):
-            return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
-
-        groups = [
-            SpanGroup(g.n, g.m, g.s, move(g.rows), move(g.keys), g.causal, move(g.mask))
-            for g in self.groups
-        ]
-        return AttentionHints(groups, move(self.place))
+    sees = start < end
+    head = tl.min(tl.where(sees, start, n_keys))
+    stop = tl.max(tl.where(sees, end, 0))
+    # An empty row may not enter the middle, which masks nothing: it pushes the middle's end to 0.
+    lowest_end = tl.min(tl.where(sees, end, 0))
+    highest_start = tl.max(tl.where(sees, start, 0))
+    middle = head + tl.cdiv(tl.maximum(highest_start - head, 0), BLOCK_N) * BLOCK_N
+    tail = middle + tl.maximum(lowest_end - middle, 0) // BLOCK_N * BLOCK_N
+    return head, middle, tail, stop
 
 
-def attention_hints(start: np.ndarray, end: np.ndarray) -> AttentionHints:
-    """Group the intervals of a batch into dense batches (see the header of this file)."""
-    start, end = np.asarray(start, dtype=np.int64), np.asarray(end, dtype=np.int64)
-    families: dict[tuple, list[tuple[int, int]]] = {}
-    for first, stop, kind in _tiles(start, end):
-        rows, keys = stop - first, int(end[stop - 1] - start[first])
-        # A rectangle's keys must agree exactly (nothing hides surplus ones); rows may be padded.
-        n_keys = keys if kind == "full" else _family(keys)
-        families.setdefault((kind, _family(rows), n_keys), []).append((first, stop))
-    groups, place, offset = [], np.full(len(start), -1, dtype=np.int64), 0
-    for (kind, _, _), spans in families.items():
-        first, stop = np.array(spans).T
-        m = int((stop - first).max())
-        rows = np.minimum(first[:, None] + np.arange(m), stop[:, None] - 1)  # (n, m)
-        low, high = start[first], end[stop - 1]
-        s = int((high - low).max())
-        keys = np.minimum(low[:, None] + np.arange(s), high[:, None] - 1)  # (n, s)
-        mask = None
-        if kind == "masked":
-            column = low[:, None, None] + np.arange(s)  # (n, 1, s), not clipped: see `high`
-            seen = (column >= start[rows][:, :, None]) & (column < end[rows][:, :, None])
-            mask = torch.from_numpy(seen[:, None])  # (n, 1, m, s)
-        n = len(spans)
-        groups.append(
-            SpanGroup(n, m, s, _slice_or_index(rows), _slice_or_index(keys), kind == "causal", mask)
-        )
-        real = np.arange(m) < (stop - first)[:, None]  # (n, m), False on padding
-        place[rows[real]] = offset + np.arange(n * m).reshape(n, m)[real]
-        offset += n * m
-    if len(groups) == 1 and np.array_equal(place, np.arange(offset)):
-        return AttentionHints(groups, None)
-    place[place < 0] = offset
-    return AttentionHints(groups, torch.from_numpy(place))
+@jit
+def forward_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, o_ptr, lse_ptr,
+                   stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+                   stride_ot, stride_oh, n_rows, n_keys, scale, GROUP: tl.constexpr,
+                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr):
+    """o and lse, the base-2 logarithm of each row's sum of weights (+inf where nothing is seen)."""
+    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # long causal rows first
+    h = tl.program_id(1)
+    rows = m + tl.arange(0, BLOCK_M)
+    start = tl.load(start_ptr + tl.minimum(rows, n_rows - 1))  # rows behind the last are like it
+    end = tl.load(end_ptr + tl.minimum(rows, n_rows - 1))
+    q = load_rows(q_ptr + h * stride_qh, m, stride_qt, n_rows, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    k_ptr += h // GROUP * stride_kh
+    v_ptr += h // GROUP * stride_vh
+    o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    head, middle, tail, stop = phases(start, end, n_keys, BLOCK_N)
+    o, top, total = attend(o, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, head, middle,
+                           n_keys, start, end, scale, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    o, top, total = attend(o, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, middle, tail,
+                           n_keys, start, end, scale, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    o, top, total = attend(o, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, tail, stop,
+                           n_keys, start, end, scale, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    safe_total = tl.where(total > 0, total, 1.0)  # an empty row gives zeros
+    o = o / safe_total[:, None]
+    lse = tl.where(total > 0, top + tl.log2(safe_total), float("inf"))
+    store_rows(o_ptr + h * stride_oh, o, m, stride_ot, n_rows, BLOCK_M, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + h * n_rows + rows, lse, mask=rows < n_rows)
 
 
-def uniform_hints(n: int, m: int, s: int) -> AttentionHints:
-    """Hints for n spans of m queries and s keys each, laid end to end: pictures, latents."""
-    rows, keys = slice(0, n * m), slice(0, n * s)
-    return AttentionHints([SpanGroup(n, m, s, rows, keys, causal=False, mask=None)], None)
+# --------------------------------------------------------------------------- backward kernels
+#
+# With p_ij = 2^(s_ij - lse_i), dp_ij = do_i . v_j and delta_i = sum_j p_ij dp_ij = do_i . o_i:
+#
+#     ds_ij = p_ij (dp_ij - delta_i)      dq_i = scale sum_j ds_ij k_j
+#     dv_j  = sum_i p_ij do_i             dk_j = scale sum_i ds_ij q_i
+#
+# Two kernels, one for the sums over keys and one for those over rows: each program owns what it
+# writes, so there are no atomics, and two runs give the same bits. An empty row has lse = +inf,
+# and with it p = 0, without any case of its own.
 
 
-def _tiles(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int, str]]:
-    """Cut the rows into (first, stop, kind): "full" rectangles, "causal" triangles, "masked".
+@jit
+def dq_phase(dq, q, do, lse, delta, k_ptr, v_ptr, stride_k, stride_v, first, stop, n_keys, start,
+             end, scale, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+             MASKED: tl.constexpr):
+    for n in range(first, stop, BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, n, stride_k, n_keys, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_rows(v_ptr, n, stride_v, n_keys, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        p = tl.exp2(scores_of(q, k, keys, start, end, scale, MASKED) - lse[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
 
-    >>> _tiles(np.array([0, 0, 0, 3, 3]), np.array([1, 2, 3, 9, 9]))
-    [(0, 3, 'causal'), (3, 5, 'full')]
+
+@jit
+def dq_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, o_ptr, lse_ptr, do_ptr, dq_ptr, delta_ptr,
+              stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+              stride_ot, stride_oh, n_rows, n_keys, scale, dq_scale, GROUP: tl.constexpr,
+              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr):
+    """dq, shaped and laid out like o and do; delta (H, T) on the way, for the kernel below."""
+    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    h = tl.program_id(1)
+    rows = m + tl.arange(0, BLOCK_M)
+    start = tl.load(start_ptr + tl.minimum(rows, n_rows - 1))
+    end = tl.load(end_ptr + tl.minimum(rows, n_rows - 1))
+    lse = tl.load(lse_ptr + h * n_rows + rows, mask=rows < n_rows, other=float("inf"))
+    q = load_rows(q_ptr + h * stride_qh, m, stride_qt, n_rows, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    o = load_rows(o_ptr + h * stride_oh, m, stride_ot, n_rows, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    do = load_rows(do_ptr + h * stride_oh, m, stride_ot, n_rows, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta_ptr + h * n_rows + rows, delta, mask=rows < n_rows)
+    k_ptr += h // GROUP * stride_kh
+    v_ptr += h // GROUP * stride_vh
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    head, middle, tail, stop = phases(start, end, n_keys, BLOCK_N)
+    dq = dq_phase(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, head, middle, n_keys,
+                  start, end, scale, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    dq = dq_phase(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, middle, tail, n_keys,
+                  start, end, scale, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    dq = dq_phase(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, tail, stop, n_keys,
+                  start, end, scale, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    store_rows(dq_ptr + h * stride_oh, dq * dq_scale, m, stride_ot, n_rows, BLOCK_M, HEAD_DIM,
+               BLOCK_D)
+
+
+@jit
+def dkv_phase(dk, dv, k, v, keys, q_ptr, do_ptr, start_ptr, end_ptr, lse_ptr, delta_ptr, stride_q,
+              stride_o, first, stop, n_rows, scale, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
+              BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    for m in range(first, stop, BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, m, stride_q, n_rows, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
+        do = load_rows(do_ptr, m, stride_o, n_rows, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
+        lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=float("inf"))
+        delta = tl.load(delta_ptr + rows, mask=rows < n_rows, other=0.0)
+        start, end = rows, rows  # read by the masked phases alone
+        if MASKED:
+            start = tl.load(start_ptr + rows, mask=rows < n_rows, other=0)
+            end = tl.load(end_ptr + rows, mask=rows < n_rows, other=0)
+        p = tl.exp2(scores_of(q, k, keys, start, end, scale, MASKED) - lse[:, None])
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@jit
+def dkv_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, lse_ptr, do_ptr, delta_ptr, seen_ptr,
+               dk_ptr, dv_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+               stride_ot, stride_oh, stride_dt, stride_dh, n_rows, n_keys, scale, dk_scale,
+               GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dk and dv of a block of keys, over all query heads that share them.
+
+    seen_ptr (4, blocks): the rows that see some of the block begin at 0 and stop at 3; those that
+    see all of it are 1 ... 2 (`rows_that_see`).
     """
-    step = np.where(np.diff(start) == 0, np.diff(end), -1)
-    step = np.where((step == 0) | (step == 1), step, -1)  # how row i + 1 follows row i
-    changes = np.diff(step, prepend=-1) != 0
-    cut = (step == -1) | (changes & (np.concatenate([[-1], step[:-1]]) != -1))
-    bounds = [0, *(np.flatnonzero(cut) + 1).tolist(), len(start)]
-    tiles: list[tuple[int, int, str]] = []
-    for first, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        growing = stop - first > 1 and step[first] == 1
-        if growing and start[first] >= end[first]:  # the triangle's tip is an empty row
-            first += int(start[first] - end[first]) + 1
-        if first >= stop or start[first] >= end[first]:
-            continue  # empty rows: nothing to compute
-        if growing and end[first] - start[first] == 1:
-            tiles.append((first, stop, "causal"))
-        elif not growing and stop - first > 1:
-            tiles.append((first, stop, "full"))
-        elif stop - first > 1:  # a triangle behind a prefix, as when a cached prompt grows
-            tiles += [
-                (i, min(i + TILE_ROWS, stop), "masked") for i in range(first, stop, TILE_ROWS)
-            ]
-        elif _joins(tiles, first, start, end):
-            tiles[-1] = (tiles[-1][0], stop, "masked")
-        else:
-            tiles.append((first, stop, "masked"))
-    return tiles
+    block, h = tl.program_id(0), tl.program_id(1)
+    n = block * BLOCK_N
+    keys = n + tl.arange(0, BLOCK_N)
+    first = tl.load(seen_ptr + block)
+    stop = tl.load(seen_ptr + 3 * tl.num_programs(0) + block)
+    middle = tl.load(seen_ptr + tl.num_programs(0) + block)
+    tail = tl.load(seen_ptr + 2 * tl.num_programs(0) + block)
+    middle = first + tl.cdiv(tl.maximum(middle - first, 0), BLOCK_M) * BLOCK_M
+    tail = middle + tl.maximum(tail - middle, 0) // BLOCK_M * BLOCK_M
+    k = load_rows(k_ptr + h * stride_kh, n, stride_kt, n_keys, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(v_ptr + h * stride_vh, n, stride_vt, n_keys, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for g in range(GROUP):
+        head = h * GROUP + g
+        q, do = q_ptr + head * stride_qh, do_ptr + head * stride_oh
+        lse, delta = lse_ptr + head * n_rows, delta_ptr + head * n_rows
+        dk, dv = dkv_phase(dk, dv, k, v, keys, q, do, start_ptr, end_ptr, lse, delta, stride_qt,
+                           stride_ot, first, middle, n_rows, scale, BLOCK_M, HEAD_DIM, BLOCK_D,
+                           True)
+        dk, dv = dkv_phase(dk, dv, k, v, keys, q, do, start_ptr, end_ptr, lse, delta, stride_qt,
+                           stride_ot, middle, tail, n_rows, scale, BLOCK_M, HEAD_DIM, BLOCK_D,
+                           False)
+        dk, dv = dkv_phase(dk, dv, k, v, keys, q, do, start_ptr, end_ptr, lse, delta, stride_qt,
+                           stride_ot, tail, stop, n_rows, scale, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    store_rows(dk_ptr + h * stride_dh, dk * dk_scale, n, stride_dt, n_keys, BLOCK_N, HEAD_DIM,
+               BLOCK_D)
+    store_rows(dv_ptr + h * stride_dh, dv, n, stride_dt, n_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
-def _joins(tiles: list, row: int, start: np.ndarray, end: np.ndarray) -> bool:
-    """Whether a lone row continues the last masked tile: a window that slides row by row."""
-    if not tiles or tiles[-1][2] != "masked" or tiles[-1][1] != row:
-        return False
-    return row - tiles[-1][0] < TILE_ROWS and start[row] < end[row - 1]
+def rows_that_see(start: Tensor, end: Tensor, n_keys: int, block: int) -> Tensor:
+    """For every block of keys, where the rows begin and stop that see some of it, or all of it.
+
+    Returns (4, blocks) int32: some from, all from, all to, some to. Only the device knows them.
+
+    >>> start, end = torch.tensor([0, 0, 0, 3, 3]), torch.tensor([1, 2, 3, 5, 5])
+    >>> rows_that_see(start, end, n_keys=5, block=2).tolist()
+    [[0, 2, 3], [1, 3, 5], [3, 3, 5], [3, 5, 5]]
+    """
+    low = torch.arange(0, n_keys, block, device=start.device, dtype=start.dtype)
+    high = low + block
+    return torch.stack([
+        torch.searchsorted(end, low, right=True),
+        torch.searchsorted(end, high),
+        torch.searchsorted(start, low, right=True),
+        torch.searchsorted(start, high),
+    ]).int()
 
 
-def _family(length: int) -> int:
-    return int(np.log(max(length, 1)) / np.log(FAMILY_RATIO))
+# ------------------------------------------------------------------------- what torch is told
 
 
-def _slice_or_index(index: np.ndarray) -> slice | Tensor:
-    flat = index.reshape(-1)
-    if len(flat) == flat[-1] - flat[0] + 1 and np.all(np.diff(flat) == 1):
-        return slice(int(flat[0]), int(flat[-1]) + 1)
-    return torch.from_numpy(flat)
+if triton:  # custom ops, so that compile, checkpointing and FLOP counters see them
+
+    @torch.library.custom_op("nanovilla::attention_forward", mutates_args=())
+    def attention_forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor,
+                          scale: float, role: str) -> tuple[Tensor, Tensor]:
+        T, H, D = q.shape
+        o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+            (H, T), dtype=torch.float32)
+        m, n, warps, stages = tiles(q, role)[0]
+        forward_kernel[triton.cdiv(T, m), H](
+            q, k, v, start, end, o, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            *o.stride()[:2], T, len(k), scale * LOG2E, H // k.shape[1], D, block_d(D), m, n,
+            num_warps=warps, num_stages=stages)
+        return o, lse
+
+    @attention_forward.register_fake
+    def _(q, k, v, start, end, scale, role):
+        return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+    @torch.library.custom_op("nanovilla::attention_backward", mutates_args=())
+    def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor,
+                           o: Tensor, lse: Tensor, scale: float, role: str
+                           ) -> tuple[Tensor, Tensor, Tensor]:
+        (T, H, D), (S, Hkv, _) = q.shape, k.shape
+        dq, dk, dv = torch.empty_like(o), k.new_empty(k.shape), v.new_empty(v.shape)
+        delta, do = torch.empty_like(lse), do.contiguous()
+        _, by_rows, by_keys = tiles(q, role)
+        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *o.stride()[:2])
+        m, n, warps, stages = by_rows
+        dq_kernel[triton.cdiv(T, m), H](
+            q, k, v, start, end, o, lse, do, dq, delta, *strides, T, S, scale * LOG2E, scale,
+            H // Hkv, D, block_d(D), m, n, num_warps=warps, num_stages=stages)
+        m, n, warps, stages = by_keys
+        dkv_kernel[triton.cdiv(S, n), Hkv](
+            q, k, v, start, end, lse, do, delta, rows_that_see(start, end, S, n), dk, dv, *strides,
+            *dk.stride()[:2], T, S, scale * LOG2E, scale, H // Hkv, D, block_d(D), m, n,
+            num_warps=warps, num_stages=stages)
+        return dq, dk, dv
+
+    @attention_backward.register_fake
+    def _(do, q, k, v, start, end, o, lse, scale, role):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def keep_for_backward(ctx, inputs, output) -> None:
+        q, k, v, start, end, ctx.scale, ctx.role = inputs
+        ctx.save_for_backward(q, k, v, start, end, *output)
+
+    def backward(ctx, do, _dlse):
+        return *attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.role), *[None] * 4
+
+    attention_forward.register_autograd(backward, setup_context=keep_for_backward)
 
 
-# ----------------------------------------------------------------------------- the torch backend
-
-
-def interval_attention_torch(
-    q: Tensor, k: Tensor, v: Tensor, hints: AttentionHints, scale: float
-) -> Tensor:
-    """Dense batches of like-sized spans through torch's own fused attention, on any device."""
-    T, H, D = q.shape
-    if k.shape[1] != H:
-        k = k.repeat_interleave(H // k.shape[1], dim=1)  # (S, Hkv, D) -> (S, H, D)
-        v = v.repeat_interleave(H // v.shape[1], dim=1)
-    results = []
-    for g in hints.groups:
-        o = F.scaled_dot_product_attention(
-            _spans(q, g.rows, g.n),
-            _spans(k, g.keys, g.n),
-            _spans(v, g.keys, g.n),
-            attn_mask=g.mask,
-            is_causal=g.causal,
-            scale=scale,
-        )  # (n, H, m, D)
-        results.append(o.transpose(1, 2).reshape(g.n * g.m, H, D))
-    if hints.place is None:
-        return results[0]
-    if not results:  # nobody sees anything: still a function of q, k, v, as autograd expects
-        return _zeros(q) + _zeros(k).sum() + _zeros(v).sum()
-    results.append(q.new_zeros(1, H, D))  # what the empty rows point at
-    return torch.cat(results).index_select(0, hints.place)
-
-
-def _zeros(x: Tensor) -> Tensor:
-    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
-
-
-def _spans(x: Tensor, index: slice | Tensor, n: int) -> Tensor:
-    x = x[index] if isinstance(index, slice) else x.index_select(0, index)
-    return x.view(n, -1, *x.shape[1:]).transpose(1, 2)  # (n, H, m or s, D)
-
-
-# ----------------------------------------------------------------------------- the public function
+# ----------------------------------------------------------------------- the public function
 
 
 def interval_attention(
@@ -257,17 +355,48 @@ def interval_attention(
     scale: float | None = None,
     *,
     hints: AttentionHints | None = None,
-    backend: str = "torch",
+    backend: str | None = None,
 ) -> Tensor:
     """Attend from every query row to its own run of keys, [start_i, end_i).
 
     q (T, H, D); k, v (S, Hkv, D) where Hkv divides H; start, end (T,) int32, neither decreasing;
     returns o (T, H, D) in q's dtype. scale defaults to D ** -0.5. Rows with start >= end give
     exact zeros. `hints` = attention_hints(start, end), made once per batch where the intervals
-    are known on the CPU; without it they are read back from the device here.
-    Raises ValueError on shapes that do not fit. Source: design of this project; the softmax
-    attention itself is Vaswani et al. 2017, section 3.2.1.
+    are known on the CPU; without it the torch backend reads them back from the device.
+    Raises ValueError on shapes, dtypes or devices that do not fit; in debug mode, and with the
+    reference, also on intervals that decrease or leave the keys. Source: design of this project;
+    the softmax attention itself is Vaswani et al. 2017, section 3.2.1.
     """
+    check_shapes(q, k, v, start, end)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    name = backend_for(q, backend)
+    if name == "reference" or debugging():
+        check_intervals(start, end, k.shape[0])
+    if name == "reference":
+        return interval_attention_reference(q, k, v, start, end, scale)
+    if name == "triton":
+        return interval_attention_triton(q, k, v, start, end, scale, hints)
+    if hints is None:
+        hints = attention_hints(start.cpu().numpy(), end.cpu().numpy()).to(q.device)
+    return interval_attention_torch(q, k, v, hints, scale)
+
+
+def interval_attention_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor,
+                              scale: float, hints: AttentionHints | None) -> Tensor:
+    if not len(q) or not len(k):  # a kernel without programs cannot be started
+        return q * 0.0 + (k.sum() + v.sum()) * 0.0
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if decodes(q, k, v):
+        return torch.ops.nanovilla.attention_decode(q, k, v, start, end, scale)
+    return attention_forward(q, k, v, start, end, scale, role_of(hints))[0]
+
+
+def role_of(hints: AttentionHints | None) -> str:
+    return hints.role if hints else "long"
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor) -> None:
+    """Raise ValueError unless the arguments of interval_attention fit together."""
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
         raise ValueError(
             f"q must be (T, H, D), k and v (S, Hkv, D): got {tuple(q.shape)}, {tuple(k.shape)} "
@@ -283,9 +412,9 @@ def interval_attention(
             f"start and end must be ({q.shape[0]},), one per query: got {tuple(start.shape)} and "
             f"{tuple(end.shape)}"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference":
-        return interval_attention_reference(q, k, v, start, end, scale)
-    if hints is None:
-        hints = attention_hints(start.cpu().numpy(), end.cpu().numpy()).to(q.device)
-    return interval_attention_torch(q, k, v, hints, scale)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} is {x.dtype}, q {q.dtype}: give both the same dtype")
+    for name, x in (("k", k), ("v", v), ("start", start), ("end", end)):
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: move one of them")

@@ -1,10 +1,19 @@
-"""What several test files share: a tokenizer of the drawn world and very small models."""
+"""What several test files share: a tokenizer of the drawn world and very small models.
+
+Without a GPU, Triton's kernels run under its interpreter, on the CPU.
+"""
+
+import os
 
 import pytest
 import torch
 
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read with the kernels
+
+# ruff: noqa: E402
 import world
 from config import run_main
+from kernels import set_backend
 from model import DecoderConfig, ModelConfig, VisionLanguageModel
 from tokenizer import Tokenizer, train_tokenizer
 from vision import VisionConfig
@@ -67,3 +76,10 @@ def cli(capsys, monkeypatch):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def use():
+    """use(backend, debug=False): choose the backend until the test ends."""
+    yield set_backend
+    set_backend(None)

@@ -47,7 +47,8 @@ def test_the_built_in_model_keeps_the_promises_of_the_readme(tiny):
 
 @pytest.mark.slow
 def test_the_built_in_model_answers_as_well_as_the_readme_says(tiny):
-    written = json.loads((ROOT / "results" / "cpu.jsonl").read_text().splitlines()[-1])["report"]
+    records = map(json.loads, (ROOT / "results" / "cpu.jsonl").read_text().splitlines())
+    written = [record["report"] for record in records if "report" in record][-1]
     found = eval.drawn_exam(*tiny, 300)
     for column, kinds in written.items():
         for kind, accuracy in kinds.items():

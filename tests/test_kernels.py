@@ -1,19 +1,44 @@
-"""Laws of the small kernels: each against its formula written out in float64.
+"""Laws of the small kernels: each backend against the formula written out in float64.
 
-pytest tests/test_kernels.py
+pytest tests/test_kernels.py            Triton under its interpreter where there is no GPU
+pytest tests/test_kernels.py -m gpu     bf16 in Triton, which the interpreter computes wrongly
 """
 
 import doctest
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import apply_rope, layer_norm, linear_cross_entropy, rms_norm, rope_table, swiglu
+from kernels import (
+    apply_rope,
+    layer_norm,
+    linear_cross_entropy,
+    loss,
+    norm,
+    rms_norm,
+    rope,
+    rope_table,
+    swiglu,
+)
 from kernels.loss import IGNORE
 
+ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 3), (5, 7), (2, 3, 33), (4, 1030)]
+BF16 = pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True)
+
+
+@pytest.fixture(params=["torch", "triton"], autouse=True)
+def backend(request, use) -> str:
+    use(request.param)
+    return request.param
 
 
 def assert_near(ours: torch.Tensor, exact: torch.Tensor, units: float = 8):
@@ -24,7 +49,7 @@ def assert_near(ours: torch.Tensor, exact: torch.Tensor, units: float = 8):
 
 
 def random(*shape, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def pull(x: torch.Tensor) -> torch.Tensor:
@@ -79,6 +104,7 @@ def share_rounded_right(ours, exact) -> float:
     return (ours == exact.bfloat16()).double().mean().item()
 
 
+@BF16
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_bf16_goes_through_rms_norm_with_fp32_statistics(weight_dtype):
     x = random(64, 4096, dtype=torch.bfloat16)
@@ -86,6 +112,7 @@ def test_bf16_goes_through_rms_norm_with_fp32_statistics(weight_dtype):
     assert share_rounded_right(rms_norm(x, ones, 1e-5), rms_norm_exact(x, ones, 1e-5)) > 0.999
 
 
+@BF16
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_the_weight_of_rms_norm_multiplies_after_rounding(weight_dtype):
     x, weight = random(64, 640, dtype=torch.bfloat16), random(640, seed=1, dtype=weight_dtype)
@@ -94,6 +121,7 @@ def test_the_weight_of_rms_norm_multiplies_after_rounding(weight_dtype):
     assert share_rounded_right(rms_norm(x, weight, 1e-5), exact) > 0.999
 
 
+@BF16
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_bf16_goes_through_layer_norm_with_fp32_statistics(weight_dtype):
     x = 30 + random(64, 4096)  # a mean far from 0: the variance is a small difference
@@ -124,7 +152,7 @@ def rope_exact(x, positions, theta):
 @pytest.mark.parametrize("T, H, D, theta", [(1, 1, 2, 10_000.0), (9, 3, 6, 500_000.0),
                                             (300, 2, 64, 10_000.0)])
 def test_rope_and_its_gradient_equal_a_rotation_of_complex_numbers(T, H, D, theta):
-    x, positions = random(T, H, D), torch.arange(T) % 127
+    x, positions = random(T, H, D), torch.arange(T, device=DEVICE) % 127
     table = rope_table(positions, D, theta)
     units = 4 * int(positions.max()) + 4  # the rounding of an angle grows with the position
     assert_near(apply_rope(x, *table), rope_exact(x, positions, theta), units)
@@ -149,6 +177,7 @@ def test_position_zero_turns_nothing():
     assert torch.equal(apply_rope(x, *rope_table(torch.zeros(1, dtype=torch.int32), 8, 1e4)), x)
 
 
+@BF16
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_angles_of_far_positions_are_those_of_fp32_also_for_bf16_inputs(dtype):
     x, positions = random(5, 2, 64, dtype=torch.bfloat16), torch.arange(4091, 4096, dtype=dtype)
@@ -250,6 +279,7 @@ def test_sums_and_counts_of_the_parts_add_up_to_those_of_the_whole():
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), whole[1])
 
 
+@BF16
 def test_bf16_logits_are_summed_up_in_fp32():
     hidden, weight = random(40, 33, dtype=torch.bfloat16), random(101, 33, dtype=torch.bfloat16)
     targets, logits = targets_of(40, 101), F.linear(hidden, weight)
@@ -259,24 +289,116 @@ def test_bf16_logits_are_summed_up_in_fp32():
     assert_near(loss, exact)
 
 
+def test_a_loss_over_several_chunks_is_that_of_one(monkeypatch):
+    inputs = random(23, 5), random(11, 5, seed=1), targets_of(23, 11)
+    whole = loss_and_gradients(*inputs)
+    monkeypatch.setattr(loss, "CHUNK", 11 * 4)  # four rows at a time, three at the end
+    for ours, right in zip(loss_and_gradients(*inputs), whole, strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+def test_a_frozen_head_gets_no_gradient_and_hidden_the_same_one():
+    hidden, weight, targets = random(9, 5), random(11, 5, seed=1), targets_of(9, 11)
+    leaf = hidden.clone().requires_grad_()
+    linear_cross_entropy(leaf, weight, targets)[0].backward()
+    torch.testing.assert_close(leaf.grad, loss_and_gradients(hidden, weight, targets)[1])
+    assert weight.grad is None
+
+
+# --------------------------------------------------------------------------- the sum before a norm
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("norm, exact, n", NORMS)
+def test_a_norm_of_a_sum_gives_the_sum_and_both_gradients(norm, exact, n, shape):
+    inputs = [random(*shape, seed=i) for i in (5, 6)] + [
+        random(shape[-1], seed=1 + i) for i in range(n)]
+
+    def ours(x, residual, *weights):
+        return torch.stack(norm(x, *weights, 1e-5, residual))
+
+    def right(x, residual, *weights):
+        return torch.stack([exact(x + residual, *weights, 1e-5), x.double() + residual.double()])
+
+    assert_near(ours(*inputs), right(*inputs))
+    doubles = [x.double() for x in inputs]
+    for mine, theirs in zip(gradients(ours, *inputs), gradients(right, *doubles), strict=True):
+        assert_near(mine, theirs, units=64)
+
+
 # ------------------------------------------------------------------------------------ the package
 
 
 def test_the_worked_examples_hold():
-    done = doctest.testmod(kernels.attention)
-    assert done.failed == 0 and done.attempted > 0
+    for module in (kernels.spans, kernels.attention, kernels.decode, kernels.backend):
+        done = doctest.testmod(module)
+        assert done.failed == 0 and done.attempted > 0, module
 
 
-def test_one_call_chooses_the_backend_of_the_process_and_an_unknown_one_is_refused(monkeypatch):
-    used = []
-    monkeypatch.setattr(kernels, "_backend", kernels.get_backend())
-    monkeypatch.setattr(kernels.attention, "interval_attention",
-                        lambda *args, backend, **kwargs: used.append(backend))
-    kernels.interval_attention(*range(5))
-    kernels.set_backend("reference")
-    kernels.interval_attention(*range(5))
-    kernels.interval_attention(*range(5), backend="torch")
-    assert used == ["torch", "reference", "torch"]
-    with pytest.raises(ValueError, match="'cuda'.*torch, reference"):
+def test_torch_knows_shapes_dtypes_and_gradients_of_the_kernels():
+    """What compile, checkpointing and FLOP counters rely on."""
+    x, residual, weight, bias = (random(*shape, seed=i).requires_grad_() for i, shape in
+                                 enumerate([(5, 7), (5, 7), (7,), (7,)]))
+    check = torch.library.opcheck
+    check(norm.norm_forward, (x, residual, weight, bias, 1e-5))
+    check(norm.norm_forward, (x, None, weight, None, 1e-5))
+    table = rope_table(torch.arange(5, device=DEVICE), 8, 1e4)
+    check(rope.rope, (random(5, 2, 8).requires_grad_(), *table, False))
+    check(torch.ops.nanovilla.swiglu_forward, (x, residual))
+    targets = torch.tensor([1, IGNORE, 0, 3, 4], device=DEVICE)
+    head = random(11, 7).requires_grad_()
+    for learn in ((True, True), (True, False)):
+        check(loss.fused_loss, (x, head, targets, *learn))
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda x: rms_norm(x, x[0, :3], 1e-5), r"weight must be \(7,\).*got \(3,\)"),
+    (lambda x: rms_norm(x, x[0], 1e-5, x[:2]), r"residual must be like x, \(5, 7\)"),
+    (lambda x: layer_norm(x, x[0], x[0].to("meta"), 1e-5), "bias is on meta, x on"),
+    (lambda x: apply_rope(x[:, None], x, x), r"got \(5, 1, 7\), \(5, 7\)"),
+    (lambda x: swiglu(x, x.double()), "float32.*float64"),
+    (lambda x: linear_cross_entropy(x, x[:, :3], x[:, 0]), r"got \(5, 7\) and \(5, 3\)"),
+    (lambda x: linear_cross_entropy(x, x, x[:2, 0]), r"targets must be \(5,\).*got \(2,\)"),
+    (lambda x: linear_cross_entropy(x, x.double(), x[:, 0]), "weight is torch.float64"),
+])
+def test_arguments_that_do_not_fit_are_refused_with_both_sizes(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(random(5, 7))
+
+
+def test_one_call_chooses_the_backend_of_the_process_and_an_unknown_one_is_refused(use):
+    x = random(2, 3)
+    for name in ("reference", "torch", "triton"):
+        use(name)
+        assert kernels.backend_for(x) == name
+        assert kernels.backend_for(x, "torch") == "torch"
+    use(None)
+    assert kernels.backend_for(x) == ("triton" if x.is_cuda else "torch")
+    with pytest.raises(ValueError, match="'cuda'.*triton, torch, reference"):
         kernels.set_backend("cuda")
-    assert kernels.get_backend() == "reference"
+    with pytest.raises(ValueError, match="'cuda'"):
+        kernels.backend_for(x, "cuda")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA device runs Triton")
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(kernels.backend, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="needs Linux and a CUDA device"):
+        kernels.set_backend("triton")
+
+
+def test_without_triton_all_but_its_backend_works():
+    code = """
+        import sys
+        sys.modules["triton"] = None  # as on macOS and Windows
+        import torch, bench, model, kernels
+        x = torch.ones(2, 4)
+        assert kernels.rms_norm(x, x[0], 1e-5).shape == (2, 4) and kernels.backend_for(x) == "torch"
+        try:
+            kernels.set_backend("triton")
+        except ValueError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout == "backend 'triton': needs Linux and a CUDA device; choose 'torch'\n", done

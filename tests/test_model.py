@@ -555,3 +555,58 @@ def test_hints_that_are_missing_are_found(build):
     batch, bare = (packed(model, *documents(MIXED)) for _ in range(2))
     bare.text_hints = bare.image_hints = None
     assert same_bits(logits(model, batch), logits(model, bare)).all()
+
+
+# ---------------------------------------------------------------------------------- every backend
+
+
+@EVERY_MODEL
+def test_every_backend_gives_the_same_loss_and_gradients(build, use, kind):
+    model = deepcopy(build(kind, contrastive_dim=8))
+    pairs = [document("iww", n) for n in range(2)]
+    batch = packed(model, *documents(MIXED), *pairs, *map(search_for, pairs))
+    found = {}
+    for backend in ("torch", "triton", "reference"):
+        use(backend)
+        means, _ = losses(model, [batch], 0.5, backward=False)
+        found[backend] = means, gradient(model, [batch], 0.5)
+    means, gradients = found.pop("reference")
+    for ours, mine in found.values():
+        assert ours == pytest.approx(means, rel=1e-5)
+        for name, right in gradients.items():
+            assert (mine[name] - right).norm() <= 1e-4 * right.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("law", [
+    test_what_stands_in_a_neighbour_of_the_same_length_changes_no_bit,
+    test_words_before_any_picture_are_the_plain_decoders_bit_for_bit,
+    test_text_alone_runs_as_the_plain_decoder_bit_for_bit,
+    test_closed_gates_leave_the_plain_decoder_even_when_pictures_are_shown,
+])
+def test_every_backend_keeps_the_laws(build, use, backend, law):
+    use(backend)
+    law(build, "latest")
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_every_backend_keeps_documents_and_pictures_apart(build, use, backend):
+    use(backend)
+    patterns = ["wiwiw", "ww", "iww"]
+    model, parts = build("all"), documents(patterns)
+    together = logits(model, packed(model, *parts)).split([len(d.ids) for d in parts])
+    for part, ours in zip(parts, together, strict=True):
+        assert_close(ours, logits(model, packed(model, part)))
+    sees = seen(patterns, "all")
+    for k in range(sees.shape[1]):
+        assert torch.equal(changed_by_picture(model, patterns, k), sees[:, k])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_every_backend_writes_with_a_cache_what_it_reads_without(build, use, backend):
+    use(backend)
+    model, prompts = build("all, resampled"), documents(MIXED)
+    for step in generate(model, packed(model, *prompts), max_new_tokens=1):
+        rows = logits(model, packed(model, prompts[step.document]))[-1:]
+        with torch.no_grad():
+            assert_close(model.logits(step.hidden[None]), rows)

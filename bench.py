@@ -1,0 +1,568 @@
+"""How fast: against what else is installed and against the machine's own limits, in one run.
+
+    python bench.py kernels      attention and the loss beside their peers; without a GPU the torch
+                                 backend, and then
+    python bench.py resources    every Triton kernel compiled for A100 and H100: registers, spills,
+                                 shared memory
+
+`--json FILE` appends what was measured as one line. First come the machine and its ceilings, taken
+in the same run: a share of them says more than a number. FLOPs count useful scores only, those
+inside of the intervals. All contestants of a case take turns, so that a slow minute hits each of
+them; shown are medians, and in the record also p20 and p80.
+"""
+
+import inspect
+import json
+import platform
+import random
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from config import Parser, UserError, run_main
+from kernels import (
+    attention,
+    attention_hints,
+    decode,
+    interval_attention,
+    linear_cross_entropy,
+    loss,
+    norm,
+    rope,
+)
+from kernels.backend import INTERPRETED, next_power_of_2, triton
+from kernels.online_softmax import block_d
+from kernels.swiglu import BLOCK, swiglu_backward_kernel, swiglu_kernel
+
+
+def main() -> None:
+    parser = Parser(prog="bench.py", description="Measure speed on this machine.")
+    parser.add_argument("what", choices=("kernels", "resources"))
+    parser.add_argument("--json", metavar="FILE", help="append the record to this file")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each case")
+    options = parser.parse_args()
+    if not options.seconds > 0:
+        raise UserError(f"--seconds must be above 0, got {options.seconds}")
+    if options.what == "resources":
+        rows, machine = resources(), versions()
+    else:
+        machine = versions() | ceilings()
+        print("   ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+        rows = kernels(options.seconds)
+        if triton and not INTERPRETED and not torch.cuda.is_available():
+            rows += resources()
+    if options.json:
+        with open(options.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"bench": options.what, **machine, "rows": rows}) + "\n")
+
+
+# --------------------------------------------------------------------------------- the machine
+
+
+def versions() -> dict:
+    gpu = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else ""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent)
+    return {
+        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "python": platform.python_version(), "torch": torch.__version__,
+        "triton": getattr(triton, "__version__", "none"), "numpy": np.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def ceilings() -> dict:
+    """What the machine reaches at best: a large matrix product and a large copy."""
+    device, dtype = default_device()
+    n = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x = torch.empty(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    times = measure({"matmul": lambda: a @ b, "copy": lambda: y.copy_(x)}, seconds=2.0)
+    limit = {"matmul_tflops": round(2 * n**3 / times["matmul"][1] / 1e12, 3),
+             "copy_gb_s": round(2 * len(x) / times["copy"][1] / 1e9, 1)}
+    if device == "cuda":
+        limit["power_cap_w"] = power_cap()
+    return limit
+
+
+def power_cap() -> str:
+    done = subprocess.run(["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader"],
+                          capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def default_device() -> tuple[str, torch.dtype]:
+    return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+
+def measure(contestants: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
+    """Seconds of a call of each: [p20, median, p80] over turns; on CUDA with a cold L2 cache.
+
+    Each turn has an order of its own: what ran before leaves caches and memory behind.
+    """
+    device, _ = default_device()
+    rng = random.Random(0)
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device == "cuda" else None
+    for call in contestants.values():  # compiles, allocates
+        call()
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(next(iter(taken.values()))) < 5:
+        for name, call in rng.sample([*contestants.items()], len(contestants)):
+            if flush is None:
+                began = time.perf_counter()
+                call()
+                taken[name].append(time.perf_counter() - began)
+            else:
+                flush.zero_()
+                began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                began.record()
+                call()
+                ended.record()
+                torch.cuda.synchronize()
+                taken[name].append(began.elapsed_time(ended) / 1000)
+    return {name: np.percentile(values, (20, 50, 80)).tolist() for name, values in taken.items()}
+
+
+# ------------------------------------------------------------------------------------- kernels
+
+
+@dataclass
+class Case:
+    """Intervals with their heads, and how they may be packed for peers that know documents only."""
+
+    name: str
+    start: np.ndarray
+    end: np.ndarray
+    n_keys: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    q_lengths: np.ndarray  # rows of each document
+    k_lengths: np.ndarray  # and its keys
+    causal: bool
+
+    @property
+    def scores(self) -> int:
+        return int(np.maximum(self.end - self.start, 0).sum())
+
+
+def packed_causal(name: str, lengths: np.ndarray, heads: tuple[int, int, int]) -> Case:
+    first = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    n = int(lengths.sum())
+    return Case(name, first, np.arange(n) + 1, n, *heads, lengths, lengths, True)
+
+
+def pictures(name: str, n_images: int, n_patches: int, heads: tuple[int, int, int]) -> Case:
+    start = np.repeat(np.arange(n_images) * n_patches, n_patches)
+    lengths = np.full(n_images, n_patches)
+    return Case(name, start, start + n_patches, len(start), *heads, lengths, lengths, False)
+
+
+def cross(name: str, lengths: np.ndarray, n_patches: int, empty: float,
+          heads: tuple[int, int, int]) -> Case:
+    """Every document sees its own picture; its first rows, a share `empty` of all, see nothing."""
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    row = np.arange(len(document)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    blind = row < np.maximum(1, np.round(empty * lengths))[document] if empty else row < 0
+    start = document * n_patches
+    k_lengths = np.full(len(lengths), n_patches)
+    return Case(name, start, np.where(blind, start, start + n_patches), len(lengths) * n_patches,
+                *heads, lengths, k_lengths, False)
+
+
+def decoding(name: str, n_rows: int, length: int, heads: tuple[int, int, int]) -> Case:
+    start = np.arange(n_rows) * length
+    ones, lengths = np.ones(n_rows, int), np.full(n_rows, length)
+    return Case(name, start, start + length, n_rows * length, *heads, ones, lengths, False)
+
+
+def cases() -> list[Case]:
+    rng = np.random.default_rng(0)
+    if torch.cuda.is_available():
+        vit, llama, captions = (16, 16, 64), (32, 32, 128), rng.integers(24, 57, 400)
+        return [
+            pictures("ViT-L/14, 64 x 257", 64, 257, vit),
+            pictures("ViT-L/14, 64 x 256", 64, 256, vit),
+            packed_causal("captions of 40", captions, llama),
+            packed_causal("one document of 8192", np.array([8192]), llama),
+            packed_causal("one of 8192, 8 key heads", np.array([8192]), (32, 8, 128)),
+            cross("words to 256 patches, 5 % empty", captions, 256, 0.05, llama),
+            cross("words to 64 latents, 5 % empty", captions, 64, 0.05, llama),
+            decoding("decode, 1 row of 4096", 1, 4096, llama),
+            decoding("decode, 16 rows of 4096", 16, 4096, llama),
+        ]
+    heads = (4, 4, 64)
+    ragged = rng.integers(8, 73, 64)  # 44 % of a padded batch is padding
+    return [
+        packed_causal("captions, ragged", ragged, heads),
+        packed_causal("captions, equal", np.full(64, 40), heads),
+        packed_causal("documents, ragged", rng.integers(64, 513, 8), heads),
+        packed_causal("documents, equal", np.full(8, 256), heads),
+        pictures("pictures, 16 x 257", 16, 257, heads),
+        cross("words to 64 patches", ragged, 64, 0.05, heads),
+        decoding("decode, 8 rows of 512", 8, 512, heads),
+        *(packed_causal(f"{n} captions of 40", np.full(n, 40), heads) for n in (64, 256, 1024)),
+    ]
+
+
+def kernels(seconds: float) -> list[dict]:
+    """Every case, forward and both ways, beside every peer that can compute it."""
+    rows = []
+    print(f"{'':34}{'':10}{'TFLOP/s':>9}{'error':>9}   times as fast as ...", flush=True)
+    for case in cases():
+        ways = ("forward",) if case.name.startswith("decode") else ("forward", "both")
+        for way in ways:
+            rows.append(compare(case, way, seconds))
+            row = rows[-1]
+            ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
+            missing = "".join(f"  ({name}: {why})" for name, why in row["missing"].items())
+            print(f"{case.name:34}{way:10}{row['tflops']:9.3f}{row['error']:9.1e}   "
+                  f"{ratios}{missing}", flush=True)
+    rows += losses(seconds)
+    return rows
+
+
+def inputs(case: Case) -> list[torch.Tensor]:
+    device, dtype = default_device()
+    generator = torch.Generator(device=device).manual_seed(0)
+    shapes = [(len(case.start), case.n_heads)] + [(case.n_keys, case.n_kv_heads)] * 2
+    return [torch.randn(*shape, case.head_dim, device=device, dtype=dtype, generator=generator)
+            for shape in shapes]
+
+
+def compare(case: Case, way: str, seconds: float) -> dict:
+    q, k, v = (x.requires_grad_(way == "both") for x in inputs(case))
+    start, end = (torch.tensor(x, dtype=torch.int32, device=q.device)
+                  for x in (case.start, case.end))
+    hints = attention_hints(case.start, case.end).to(q.device)
+    ours = Contestant(lambda: interval_attention(q, k, v, start, end, hints=hints), (q, k, v))
+    contestants, missing = {"ours": ours}, {}
+    for name, make in PEERS.items():
+        try:
+            peer = make(case, q, k, v, start, end)
+            if peer:
+                peer.call()
+                contestants[name] = peer
+        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+            missing[name] = str(error).split("\n")[0][:60]
+    times = measure({name: c.call if way == "forward" else c.both()
+                     for name, c in contestants.items()}, seconds)
+    factor = 4 if way == "forward" else 14  # 2 products forward, 5 more backward
+    flops = factor * case.scores * case.n_heads * case.head_dim
+    return {"case": case.name, "way": way, "seconds": times,
+            "tflops": flops / times["ours"][1] / 1e12, "error": error_of(case, ours.call),
+            "tile_use": tile_use(case, hints.role, q),
+            "ratios": {name: t[1] / times["ours"][1] for name, t in times.items()
+                       if name != "ours"},
+            "missing": missing}
+
+
+@dataclass
+class Contestant:
+    call: Callable  # the forward pass
+    leaves: tuple[torch.Tensor, ...]  # what it reads, in this contestant's own layout
+
+    def both(self) -> Callable:
+        pull = torch.randn_like(self.call())
+        return lambda: torch.autograd.grad(self.call(), self.leaves, pull)
+
+
+@torch.no_grad()
+def error_of(case: Case, call: Callable, n_rows: int = 1024) -> float:
+    """Largest difference from float64 on the first rows of the first head, by the largest value."""
+    q, k, v = inputs(case)
+    n = min(n_rows, len(q))
+    start, end = (torch.tensor(x[:n], device=q.device) for x in (case.start, case.end))
+    s = int(case.end[:n].max())
+    exact = attention.interval_attention_reference(
+        q[:n, :1].double(), k[:s, :1].double(), v[:s, :1].double(), start, end,
+        case.head_dim**-0.5)
+    return float((call()[:n, :1].double() - exact).abs().max() / exact.abs().max())
+
+
+def tile_use(case: Case, role: str, q: torch.Tensor) -> float | None:
+    """Useful scores by computed ones of the forward kernel; None where it does not run."""
+    if not q.is_cuda:
+        return None
+    m, n, *_ = attention.tiles(q, role)[0]
+    computed = 0
+    for first in range(0, len(case.start), m):
+        start, end = case.start[first : first + m], case.end[first : first + m]
+        sees = start < end
+        if sees.any():
+            computed += m * n * -(-int(end[sees].max() - start[sees].min()) // n)
+    return case.scores / computed
+
+
+# ----------------------------------------------------------------------------------- the peers
+
+
+def padded_sdpa(case, q, k, v, start, end) -> Contestant | None:
+    """Documents padded to the longest, as other code bases batch them; the padding needs no mask,
+    since it stands behind every real key."""
+    if not case.causal and len(set(case.k_lengths)) > 1:
+        return None
+    n, m, s = len(case.q_lengths), int(case.q_lengths.max()), int(case.k_lengths.max())
+    shapes = [(n, m, case.n_heads), (n, s, case.n_kv_heads), (n, s, case.n_kv_heads)]
+    leaves = tuple(torch.randn(*shape, case.head_dim, device=q.device, dtype=q.dtype,
+                               requires_grad=q.requires_grad) for shape in shapes)
+
+    def call():
+        o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves),
+                                           is_causal=case.causal,
+                                           enable_gqa=case.n_heads != case.n_kv_heads)
+        return o.transpose(1, 2).contiguous()  # as projections write q, k, v and read o
+    return Contestant(call, leaves)
+
+
+def dense_mask_sdpa(case, q, k, v, start, end) -> Contestant | None:
+    """One T x S mask."""
+    if len(q) * len(k) > 2**28 or not q.is_cuda:
+        return None
+    keys = torch.arange(len(k), device=q.device)
+    mask = (keys >= start[:, None]) & (keys < end[:, None])
+    q4, k4, v4 = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return Contestant(lambda: F.scaled_dot_product_attention(
+        q4, k4, v4, mask, enable_gqa=case.n_heads != case.n_kv_heads), (q, k, v))
+
+
+def cumulated(lengths: np.ndarray, device) -> torch.Tensor:
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
+
+
+def varlen(case, q, k, v, start, end) -> Contestant | None:
+    """torch's own packed FlashAttention 2. It has no empty rows: ours do less, its work counts."""
+    if not q.is_cuda:
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    group = case.n_heads // case.n_kv_heads
+    k, v = (x.repeat_interleave(group, 1).detach().requires_grad_(q.requires_grad)
+            for x in (k, v))
+    cu_q, cu_k = cumulated(case.q_lengths, q.device), cumulated(case.k_lengths, q.device)
+    longest = int(case.q_lengths.max()), int(case.k_lengths.max())
+    causal = {"is_causal": case.causal} if "is_causal" in inspect.signature(
+        varlen_attn).parameters else {"window_size": (-1, 0) if case.causal else (-1, -1)}
+    return Contestant(lambda: varlen_attn(q, k, v, cu_q, cu_k, *longest, **causal), (q, k, v))
+
+
+def flash_attn_2(case, q, k, v, start, end) -> Contestant | None:
+    if not q.is_cuda:
+        return None
+    from flash_attn import flash_attn_varlen_func
+
+    cu_q, cu_k = cumulated(case.q_lengths, q.device), cumulated(case.k_lengths, q.device)
+    longest = int(case.q_lengths.max()), int(case.k_lengths.max())
+    return Contestant(lambda: flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest,
+                                                     causal=case.causal), (q, k, v))
+
+
+def flex(case, q, k, v, start, end, with_mask: bool = False) -> Contestant | None:
+    """Compiled FlexAttention, with or without the time to build its block mask."""
+    if not q.is_cuda:
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(b, h, row, key):
+        return (key >= start[row]) & (key < end[row])
+
+    compiled, build = torch.compile(flex_attention), torch.compile(create_block_mask)
+    size = (None, None, len(q), len(k))
+    made = build(seen, *size, device=q.device)
+    q4, k4, v4 = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return Contestant(lambda: compiled(
+        q4, k4, v4, block_mask=build(seen, *size, device=q.device) if with_mask else made,
+        enable_gqa=case.n_heads != case.n_kv_heads), (q, k, v))
+
+
+def sdpa_by(backend: str) -> Callable:
+    """Padded SDPA by one of torch's own kernels."""
+    def make(case, q, k, v, start, end) -> Contestant | None:
+        if not q.is_cuda:
+            return None
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        peer = padded_sdpa(case, q, k, v, start, end)
+        if peer is None:
+            return None
+
+        def call():
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return peer.call()
+        return Contestant(call, peer.leaves)
+    return make
+
+
+PEERS: dict[str, Callable] = {
+    "padded SDPA": padded_sdpa,
+    "flash": sdpa_by("FLASH_ATTENTION"),
+    "cuDNN": sdpa_by("CUDNN_ATTENTION"),
+    "efficient": sdpa_by("EFFICIENT_ATTENTION"),
+    "dense mask": dense_mask_sdpa,
+    "varlen_attn": varlen,
+    "flash_attn": flash_attn_2,
+    "flex": flex,
+    "flex + mask": lambda *args: flex(*args, with_mask=True),
+}
+
+
+def losses(seconds: float) -> list[dict]:
+    """linear + cross-entropy beside torch's own on full logits: time and peak memory."""
+    device, dtype = default_device()
+    T, C, V = (8192, 4096, 32003) if device == "cuda" else (2048, 256, 32003)
+    generator = torch.Generator(device=device).manual_seed(0)
+    hidden, weight = (torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+                      .mul_(C**-0.5).requires_grad_() for shape in ((T, C), (V, C)))
+    targets = torch.randint(V, (T,), device=device, generator=generator)
+    rows = []
+    for way, leaves in (("frozen head", (hidden,)), ("trained head", (hidden, weight))):
+        weight.requires_grad_(len(leaves) == 2)
+        calls = {
+            "ours": lambda leaves=leaves: torch.autograd.grad(
+                linear_cross_entropy(hidden, weight, targets)[0], leaves),
+            "full logits": lambda leaves=leaves: torch.autograd.grad(
+                F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum"),
+                leaves)}
+        times, peak = measure(calls, seconds), {}
+        if device == "cuda":
+            for name, call in calls.items():
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                call()
+                peak[name] = torch.cuda.max_memory_allocated() - before
+        ratio = times["full logits"][1] / times["ours"][1]
+        rows.append({"case": f"loss, {T} x {V}", "way": way, "seconds": times, "peak": peak,
+                     "ratios": {"full logits": ratio}})
+        memory = f", memory {peak['ours'] / peak['full logits']:.2f} of it" if peak else ""
+        print(f"{rows[-1]['case']:34}{way:28}   full logits {ratio:.2f}{memory}", flush=True)
+    return rows
+
+
+# ----------------------------------------------------------------------------------- resources
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel as one launch would compile it."""
+
+    kernel: object
+    constants: dict
+    warps: int
+    stages: int
+    label: str
+    dtype: str = "*bf16"  # of all pointers that POINTERS does not name
+
+
+FLOATS = ("scale", "dq_scale", "dk_scale", "eps")
+POINTERS = {"start_ptr": "*i32", "end_ptr": "*i32", "seen_ptr": "*i32", "target_ptr": "*i64",
+            "lse_ptr": "*fp32", "delta_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32",
+            "cos_ptr": "*fp32", "sin_ptr": "*fp32", "loss_ptr": "*fp32", "part_ptr": "*fp32",
+            "dweight_ptr": "*fp32", "dbias_ptr": "*fp32"}
+LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory of a block
+
+
+def builds(arch: int) -> list[Build]:
+    """Every kernel with every entry of its tables, at the sizes of LLaMA-2-7B and ViT-L/14."""
+    out = []
+    kinds = (("forward", attention.forward_kernel), ("dq", attention.dq_kernel),
+             ("dkv", attention.dkv_kernel))
+    for (of, width, role), entry in attention.TILES.items():
+        for head_dim in {64: (64,), 128: (80, 96, 128)}[width] if of == arch else ():
+            for (name, kernel), (m, n, warps, stages) in zip(kinds, entry, strict=True):
+                out.append(Build(kernel, dict(GROUP=1, HEAD_DIM=head_dim, BLOCK_D=width,
+                                              BLOCK_M=m, BLOCK_N=n), warps, stages,
+                                 f"attention {name} {role} {head_dim}"))
+    for (name, kernel), (m, n, warps, stages) in zip(kinds, attention.SMALL_TILES, strict=True):
+        for head_dim in (64, 128):
+            out.append(Build(kernel, dict(GROUP=1, HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK_M=m,
+                                          BLOCK_N=n), warps, stages,
+                             f"attention {name} fp32 {head_dim}", "*fp32"))
+    for head_dim in (64, 128):
+        out.append(Build(decode.split_kernel, dict(
+            GROUP=1, BLOCK_G=16, HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim), BLOCK_N=64), 4, 3,
+            f"decode split {head_dim}"))
+        out.append(Build(decode.combine_kernel, dict(
+            BLOCK_S=32, HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim)), 4, 3,
+            f"decode combine {head_dim}"))
+    for C, centred in ((4096, False), (1024, True), (1280, True)):
+        block, warps = next_power_of_2(C), norm.warps(C)
+        sizes = dict(CENTRED=centred, RESIDUAL=True, BLOCK=block)
+        out.append(Build(norm.forward_kernel, sizes, warps, 3, f"norm forward {C}"))
+        out.append(Build(norm.backward_kernel, sizes, warps, 3, f"norm backward {C}"))
+    out.append(Build(rope.rope_kernel, dict(HALF=64, BACK=False, BLOCK_H=32, BLOCK_D=64), 4, 3,
+                     "rope 32 x 128"))
+    out.append(Build(swiglu_kernel, dict(BLOCK=BLOCK), 4, 3, "swiglu forward"))
+    out.append(Build(swiglu_backward_kernel, dict(BLOCK=BLOCK), 4, 3, "swiglu backward"))
+    out.append(Build(loss.loss_kernel, dict(IGNORE=loss.IGNORE, GRADIENT=True, BLOCK=4096), 8, 3,
+                     "loss"))
+    return out
+
+
+def resources() -> list[dict]:
+    """Compile all builds for both architectures; registers and spilled bytes as cuobjdump says."""
+    if triton is None or INTERPRETED:
+        raise UserError("resources: needs Triton (Linux) and TRITON_INTERPRET unset")
+    rows = []
+    print(f"{'kernel':34}{'tile':>12}{'warps':>7}{'regs':>6}{'spill':>7}{'shared':>9}{'mma':>6}"
+          f"{'cp.async':>10}")
+    for arch in LIMIT:
+        print(f"sm{arch}", flush=True)
+        for build in builds(arch):
+            row = compile_for(build, arch)
+            rows.append(row)
+            tile = f"{row['block_m']} x {row['block_n']}" if row["block_m"] else ""
+            print(f"{build.label:34}{tile:>12}{build.warps:7}{row['registers']:6}"
+                  f"{row['spill']:7}{row['shared']:9}{row['mma']:6}{row['cp_async']:10}",
+                  flush=True)
+    return rows
+
+
+def compile_for(build: Build, arch: int) -> dict:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for i, name in enumerate(build.kernel.arg_names):
+        if name in build.constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, build.dtype)
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if name.endswith("_ptr") or name.startswith("stride_"):  # as torch allocates
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=build.kernel, signature=signature, constexprs=build.constants,
+                       attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                            options={"num_warps": build.warps, "num_stages": build.stages})
+    ptx = binary.asm["ptx"]
+    return {"kernel": build.label, "arch": arch, "warps": build.warps, "stages": build.stages,
+            "block_m": build.constants.get("BLOCK_M"), "block_n": build.constants.get("BLOCK_N"),
+            **registers(binary.asm["cubin"]), "shared": binary.metadata.shared,
+            "mma": ptx.count("mma.sync") + ptx.count("wgmma.mma_async"),
+            "cp_async": ptx.count("cp.async.cg") + ptx.count("cp.async.ca")}
+
+
+def registers(cubin: bytes) -> dict:
+    """Registers of a thread, and the bytes it spills to memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True,
+                              text=True, check=True).stdout
+    usage = dict(part.split(":", 1) for part in said.split() if ":" in part and part[0].isupper())
+    return {"registers": int(usage["REG"]), "spill": int(usage["STACK"])}
+
+
+if __name__ == "__main__":
+    run_main(main)

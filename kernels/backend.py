@@ -1,0 +1,66 @@
+"""Which code computes: the choice of backend, and Triton where it exists.
+
+    triton     fused kernels, on CUDA; on a CPU under Triton's interpreter (TRITON_INTERPRET=1)
+    torch      PyTorch's own operations, on any device
+    reference  each file's definition in float64, slow and exact: for tests
+
+Without a choice, tensors on CUDA take `triton` and all others `torch`. Triton has wheels for Linux
+only; elsewhere the kernels below are plain text that nobody calls.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the kernels' parameters still say `tl.constexpr`
+    triton, tl = None, SimpleNamespace(constexpr=None)
+
+BACKENDS = ("triton", "torch", "reference")
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+_chosen: str | None = None
+_debug = False
+
+
+def set_backend(name: str | None, debug: bool = False) -> None:
+    """Choose the backend of all five functions: one of BACKENDS, or None for the default.
+
+    debug: every call also checks the values of its intervals, which waits for the device.
+    Raises ValueError for an unknown name, or for "triton" where Triton cannot run.
+    """
+    global _chosen, _debug
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name == "triton" and not (INTERPRETED or (triton and torch.cuda.is_available())):
+        raise ValueError("backend 'triton': needs Linux and a CUDA device; choose 'torch'")
+    _chosen, _debug = name, debug
+
+
+def backend_for(x: Tensor, asked: str | None = None) -> str:
+    """The backend that works on x: the one asked for, else the chosen one, else x's device's."""
+    name = asked or _chosen or ("triton" if x.is_cuda and triton else "torch")
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+def debugging() -> bool:
+    return _debug
+
+
+def jit(kernel):
+    """triton.jit, where Triton exists."""
+    return triton.jit(kernel) if triton else kernel
+
+
+def next_power_of_2(n: int) -> int:
+    """Triton's blocks have sides of 2^k.
+
+    >>> [next_power_of_2(n) for n in (1, 64, 80)]
+    [1, 64, 128]
+    """
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,51 @@
+"""Laws of the compiled kernels, held without a GPU: they compile, fit, and spill no register.
+
+pytest tests/test_compile.py    (minutes)
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    """bench.py's table of resources: one row for every kernel, tile and architecture."""
+    out = tmp_path_factory.mktemp("bench") / "resources.jsonl"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "bench.py", "resources", "--json", out], cwd=ROOT,
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())["rows"]
+
+
+def test_every_entry_of_the_tables_is_compiled_for_both_architectures(compiled):
+    for arch in bench.LIMIT:
+        names = [row["kernel"] for row in compiled if row["arch"] == arch]
+        assert len(names) == len(set(names)) == len(bench.builds(arch))
+    assert len(compiled) > 100
+
+
+BUDGET = {"attention forward fp32 128": 8}  # bytes a thread may spill; all others: none
+
+
+def test_no_kernel_spills_a_register(compiled):
+    assert [row for row in compiled if row["spill"] > BUDGET.get(row["kernel"], 0)] == []
+
+
+def test_every_kernel_fits_into_shared_memory(compiled):
+    assert [row for row in compiled if row["shared"] > bench.LIMIT[row["arch"]]] == []
+
+
+def test_attention_runs_on_tensor_cores_and_loads_ahead(compiled):
+    rows = [row for row in compiled if row["kernel"].startswith(("attention", "decode split"))
+            and "fp32" not in row["kernel"]]
+    assert rows and all(row["mma"] and row["cp_async"] for row in rows)
