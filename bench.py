@@ -194,9 +194,9 @@ def cases() -> list[Case]:
             pictures("ViT-L/14, 64 x 256", 64, 256, vit),
             packed_causal("captions of 40", captions, llama),
             packed_causal("one document of 8192", np.array([8192]), llama),
-            packed_causal("one of 8192, 8 key heads", np.array([8192]), (32, 8, 128)),
-            cross("words to 256 patches, 5 % empty", captions, 256, 0.05, llama),
-            cross("words to 64 latents, 5 % empty", captions, 64, 0.05, llama),
+            packed_causal("one of 8192, 8 kv heads", np.array([8192]), (32, 8, 128)),
+            cross("words to 256 patches", captions, 256, 0.05, llama),
+            cross("words to 64 latents", captions, 64, 0.05, llama),
             decoding("decode, 1 row of 4096", 1, 4096, llama),
             decoding("decode, 16 rows of 4096", 16, 4096, llama),
         ]
@@ -210,23 +210,26 @@ def cases() -> list[Case]:
         pictures("pictures, 16 x 257", 16, 257, heads),
         cross("words to 64 patches", ragged, 64, 0.05, heads),
         decoding("decode, 8 rows of 512", 8, 512, heads),
-        *(packed_causal(f"{n} captions of 40", np.full(n, 40), heads) for n in (64, 256, 1024)),
+        *(packed_causal(f"{n} captions of 40", np.full(n, 40), heads)
+          for n in (512, 1024, 2048, 4096)),
     ]
 
 
 def kernels(seconds: float) -> list[dict]:
-    """Every case, forward and both ways, beside every peer that can compute it."""
+    """Every case, forward, backward and both, beside every peer that can compute it."""
     rows = []
-    print(f"{'':34}{'':10}{'TFLOP/s':>9}{'error':>9}   times as fast as ...", flush=True)
+    print(f"{'':26}{'':9}{'ms':>9}{'TFLOP/s':>9}{'tiles':>7}{'error':>9}   times as fast as ...",
+          flush=True)
     for case in cases():
-        ways = ("forward",) if case.name.startswith("decode") else ("forward", "both")
+        ways = ("forward",) if case.name.startswith("decode") else ("forward", "backward", "both")
         for way in ways:
             rows.append(compare(case, way, seconds))
             row = rows[-1]
             ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
             missing = "".join(f"  ({name}: {why})" for name, why in row["missing"].items())
-            print(f"{case.name:34}{way:10}{row['tflops']:9.3f}{row['error']:9.1e}   "
-                  f"{ratios}{missing}", flush=True)
+            tiles = f"{row['tile_use']:7.0%}" if row["tile_use"] else f"{'-':>7}"
+            print(f"{case.name:26}{way:9}{1000 * row['seconds']['ours'][1]:9.3f}"
+                  f"{row['tflops']:9.3f}{tiles}{row['error']:9.1e}   {ratios}{missing}", flush=True)
     rows += losses(seconds)
     return rows
 
@@ -240,7 +243,7 @@ def inputs(case: Case) -> list[torch.Tensor]:
 
 
 def compare(case: Case, way: str, seconds: float) -> dict:
-    q, k, v = (x.requires_grad_(way == "both") for x in inputs(case))
+    q, k, v = (x.requires_grad_(way != "forward") for x in inputs(case))
     start, end = (torch.tensor(x, dtype=torch.int32, device=q.device)
                   for x in (case.start, case.end))
     hints = attention_hints(case.start, case.end).to(q.device)
@@ -254,10 +257,9 @@ def compare(case: Case, way: str, seconds: float) -> dict:
                 contestants[name] = peer
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             missing[name] = str(error).split("\n")[0][:60]
-    times = measure({name: c.call if way == "forward" else c.both()
-                     for name, c in contestants.items()}, seconds)
-    factor = 4 if way == "forward" else 14  # 2 products forward, 5 more backward
-    flops = factor * case.scores * case.n_heads * case.head_dim
+    times = measure({name: c.timed(way) for name, c in contestants.items()}, seconds)
+    n_products = {"forward": 2, "backward": 5, "both": 7}[way]
+    flops = 2 * n_products * case.scores * case.n_heads * case.head_dim
     return {"case": case.name, "way": way, "seconds": times,
             "tflops": flops / times["ours"][1] / 1e12, "error": error_of(case, ours.call),
             "tile_use": tile_use(case, hints.role, q),
@@ -271,9 +273,14 @@ class Contestant:
     call: Callable  # the forward pass
     leaves: tuple[torch.Tensor, ...]  # what it reads, in this contestant's own layout
 
-    def both(self) -> Callable:
-        pull = torch.randn_like(self.call())
-        return lambda: torch.autograd.grad(self.call(), self.leaves, pull)
+    def timed(self, way: str) -> Callable:
+        if way == "forward":
+            return self.call
+        o = self.call()
+        pull = torch.randn_like(o)
+        if way == "both":
+            return lambda: torch.autograd.grad(self.call(), self.leaves, pull)
+        return lambda: torch.autograd.grad(o, self.leaves, pull, retain_graph=True)
 
 
 @torch.no_grad()
@@ -443,7 +450,7 @@ def losses(seconds: float) -> list[dict]:
         rows.append({"case": f"loss, {T} x {V}", "way": way, "seconds": times, "peak": peak,
                      "ratios": {"full logits": ratio}})
         memory = f", memory {peak['ours'] / peak['full logits']:.2f} of it" if peak else ""
-        print(f"{rows[-1]['case']:34}{way:28}   full logits {ratio:.2f}{memory}", flush=True)
+        print(f"{rows[-1]['case']:26}{way:43}   full logits {ratio:.2f}{memory}", flush=True)
     return rows
 
 

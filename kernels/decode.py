@@ -37,8 +37,8 @@ def split_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, o_ptr, lse_ptr, stride
     share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), n_splits), BLOCK_N) * BLOCK_N
     first = start + split * share
     stop = tl.minimum(first + share, end)
-    q = load_rows(q_ptr + t.to(tl.int64) * stride_qt + h * GROUP * stride_qh, h * 0, stride_qh,
-                  GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, True)
+    q = load_rows(q_ptr + t.to(tl.int64) * stride_qt + h * GROUP * stride_qh, 0, stride_qh, GROUP,
+                  BLOCK_G, HEAD_DIM, BLOCK_D, True)
     k_ptr += h * stride_kh
     v_ptr += h * stride_vh
     o = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
