@@ -15,6 +15,7 @@ import inspect
 import json
 import platform
 import random
+import shutil
 import subprocess
 import tempfile
 import time
@@ -26,16 +27,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import Parser, UserError, run_main
+from config import Parser, UserError, input_errors, run_main
 from kernels import (
+    BACKENDS,
     attention,
     attention_hints,
+    backend_for,
     decode,
     interval_attention,
     linear_cross_entropy,
     loss,
     norm,
     rope,
+    set_backend,
 )
 from kernels.backend import INTERPRETED, next_power_of_2, triton
 from kernels.online_softmax import block_d
@@ -46,21 +50,34 @@ def main() -> None:
     parser = Parser(prog="bench.py", description="Measure speed on this machine.")
     parser.add_argument("what", choices=("kernels", "resources"))
     parser.add_argument("--json", metavar="FILE", help="append the record to this file")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each case")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each case [2]")
+    parser.add_argument("--case", default="", help="only cases with this in their name")
+    parser.add_argument("--backend", choices=BACKENDS, help="instead of the device's own")
     options = parser.parse_args()
     if not options.seconds > 0:
         raise UserError(f"--seconds must be above 0, got {options.seconds}")
-    if options.what == "resources":
-        rows, machine = resources(), versions()
-    else:
-        machine = versions() | ceilings()
-        print("   ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
-        rows = kernels(options.seconds)
-        if triton and not INTERPRETED and not torch.cuda.is_available():
-            rows += resources()
+    with input_errors():
+        set_backend(options.backend)
     if options.json:
-        with open(options.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"bench": options.what, **machine, "rows": rows}) + "\n")
+        append(options.json, "")  # before any work is done
+    machine, rows = versions(), []
+    if options.what == "kernels":
+        machine |= ceilings()
+        print("   ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+        rows += kernels(options.seconds, options.case)
+    gpu_is_missed = triton and not (torch.cuda.is_available() or INTERPRETED or options.case)
+    if options.what == "resources" or gpu_is_missed:
+        rows += resources()
+    if options.json:
+        append(options.json, json.dumps({"bench": options.what, **machine, "rows": rows}) + "\n")
+
+
+def append(path: str, line: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
 
 
 # --------------------------------------------------------------------------------- the machine
@@ -75,6 +92,7 @@ def versions() -> dict:
         "python": platform.python_version(), "torch": torch.__version__,
         "triton": getattr(triton, "__version__", "none"), "numpy": np.__version__,
         "commit": commit.stdout.strip() or "unknown",
+        "kernels": backend_for(torch.empty(0, device=default_device()[0])),
     }
 
 
@@ -94,9 +112,11 @@ def ceilings() -> dict:
 
 
 def power_cap() -> str:
+    if not shutil.which("nvidia-smi"):
+        return "unknown"
     done = subprocess.run(["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader"],
                           capture_output=True, text=True)
-    return done.stdout.strip()
+    return done.stdout.split("\n")[0].strip()
 
 
 def default_device() -> tuple[str, torch.dtype]:
@@ -123,6 +143,7 @@ def measure(contestants: dict[str, Callable], seconds: float) -> dict[str, list[
                 taken[name].append(time.perf_counter() - began)
             else:
                 flush.zero_()
+                torch.cuda._sleep(1_000_000)  # cycles in which the launches queue up
                 began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 began.record()
                 call()
@@ -208,19 +229,20 @@ def cases() -> list[Case]:
         packed_causal("documents, ragged", rng.integers(64, 513, 8), heads),
         packed_causal("documents, equal", np.full(8, 256), heads),
         pictures("pictures, 16 x 257", 16, 257, heads),
-        cross("words to 64 patches", ragged, 64, 0.05, heads),
+        cross("words to 64 latents", ragged, 64, 0.05, heads),
+        cross("words to 256 patches", ragged, 256, 0.05, heads),
         decoding("decode, 8 rows of 512", 8, 512, heads),
         *(packed_causal(f"{n} captions of 40", np.full(n, 40), heads)
           for n in (512, 1024, 2048, 4096)),
     ]
 
 
-def kernels(seconds: float) -> list[dict]:
+def kernels(seconds: float, only: str) -> list[dict]:
     """Every case, forward, backward and both, beside every peer that can compute it."""
     rows = []
     print(f"{'':26}{'':9}{'ms':>9}{'TFLOP/s':>9}{'tiles':>7}{'error':>9}   times as fast as ...",
           flush=True)
-    for case in cases():
+    for case in (case for case in cases() if only in case.name):
         ways = ("forward",) if case.name.startswith("decode") else ("forward", "backward", "both")
         for way in ways:
             rows.append(compare(case, way, seconds))
@@ -230,8 +252,7 @@ def kernels(seconds: float) -> list[dict]:
             tiles = f"{row['tile_use']:7.0%}" if row["tile_use"] else f"{'-':>7}"
             print(f"{case.name:26}{way:9}{1000 * row['seconds']['ours'][1]:9.3f}"
                   f"{row['tflops']:9.3f}{tiles}{row['error']:9.1e}   {ratios}{missing}", flush=True)
-    rows += losses(seconds)
-    return rows
+    return rows + losses(seconds) if only in "loss" else rows
 
 
 def inputs(case: Case) -> list[torch.Tensor]:
@@ -253,7 +274,7 @@ def compare(case: Case, way: str, seconds: float) -> dict:
         try:
             peer = make(case, q, k, v, start, end)
             if peer:
-                peer.call()
+                peer.timed(way)()  # all of it, for it may be the backward pass that fails
                 contestants[name] = peer
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             missing[name] = str(error).split("\n")[0][:60]
@@ -298,7 +319,7 @@ def error_of(case: Case, call: Callable, n_rows: int = 1024) -> float:
 
 def tile_use(case: Case, role: str, q: torch.Tensor) -> float | None:
     """Useful scores by computed ones of the forward kernel; None where it does not run."""
-    if not q.is_cuda:
+    if not q.is_cuda or decode.decodes(q, *inputs(case)[1:]):
         return None
     m, n, *_ = attention.tiles(q, role)[0]
     computed = 0
@@ -333,7 +354,7 @@ def padded_sdpa(case, q, k, v, start, end) -> Contestant | None:
 
 def dense_mask_sdpa(case, q, k, v, start, end) -> Contestant | None:
     """One T x S mask."""
-    if len(q) * len(k) > 2**28 or not q.is_cuda:
+    if len(q) * len(k) > 2**31 or not q.is_cuda:
         return None
     keys = torch.arange(len(k), device=q.device)
     mask = (keys >= start[:, None]) & (keys < end[:, None])
@@ -352,14 +373,19 @@ def varlen(case, q, k, v, start, end) -> Contestant | None:
         return None
     from torch.nn.attention.varlen import varlen_attn
 
-    group = case.n_heads // case.n_kv_heads
-    k, v = (x.repeat_interleave(group, 1).detach().requires_grad_(q.requires_grad)
-            for x in (k, v))
+    known, options = inspect.signature(varlen_attn).parameters, {}
+    if "is_causal" in known:
+        options["is_causal"] = case.causal
+    else:
+        options["window_size"] = (-1, 0) if case.causal else (-1, -1)
+    if "enable_gqa" in known:
+        options["enable_gqa"] = case.n_heads != case.n_kv_heads
+    else:
+        k, v = (x.repeat_interleave(case.n_heads // case.n_kv_heads, 1).detach().requires_grad_(
+            q.requires_grad) for x in (k, v))
     cu_q, cu_k = cumulated(case.q_lengths, q.device), cumulated(case.k_lengths, q.device)
     longest = int(case.q_lengths.max()), int(case.k_lengths.max())
-    causal = {"is_causal": case.causal} if "is_causal" in inspect.signature(
-        varlen_attn).parameters else {"window_size": (-1, 0) if case.causal else (-1, -1)}
-    return Contestant(lambda: varlen_attn(q, k, v, cu_q, cu_k, *longest, **causal), (q, k, v))
+    return Contestant(lambda: varlen_attn(q, k, v, cu_q, cu_k, *longest, **options), (q, k, v))
 
 
 def flash_attn_2(case, q, k, v, start, end) -> Contestant | None:
@@ -382,6 +408,7 @@ def flex(case, q, k, v, start, end, with_mask: bool = False) -> Contestant | Non
     def seen(b, h, row, key):
         return (key >= start[row]) & (key < end[row])
 
+    torch.compiler.reset()  # each case is a new shape, and dynamo gives up after eight
     compiled, build = torch.compile(flex_attention), torch.compile(create_block_mask)
     size = (None, None, len(q), len(k))
     made = build(seen, *size, device=q.device)
@@ -480,37 +507,45 @@ LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory of a block
 def builds(arch: int) -> list[Build]:
     """Every kernel with every entry of its tables, at the sizes of LLaMA-2-7B and ViT-L/14."""
     out = []
-    kinds = (("forward", attention.forward_kernel), ("dq", attention.dq_kernel),
-             ("dkv", attention.dkv_kernel))
+
+    def attend(entry: tuple, head_dim: int, label: str, dtype: str = "*bf16", group: int = 1):
+        kernels = (attention.forward_kernel, attention.dq_kernel, attention.dkv_kernel)
+        for kernel, (m, n, warps, stages) in zip(kernels, entry, strict=True):
+            name = kernel.__name__.removesuffix("_kernel")
+            out.append(Build(kernel, dict(
+                GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim), BLOCK_M=m, BLOCK_N=n),
+                warps, stages, f"attention {name} {label} {head_dim}", dtype))
+
     for (of, width, role), entry in attention.TILES.items():
         for head_dim in {64: (64,), 128: (80, 96, 128)}[width] if of == arch else ():
-            for (name, kernel), (m, n, warps, stages) in zip(kinds, entry, strict=True):
-                out.append(Build(kernel, dict(GROUP=1, HEAD_DIM=head_dim, BLOCK_D=width,
-                                              BLOCK_M=m, BLOCK_N=n), warps, stages,
-                                 f"attention {name} {role} {head_dim}"))
-    for (name, kernel), (m, n, warps, stages) in zip(kinds, attention.SMALL_TILES, strict=True):
-        for head_dim in (64, 128):
-            out.append(Build(kernel, dict(GROUP=1, HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK_M=m,
-                                          BLOCK_N=n), warps, stages,
-                             f"attention {name} fp32 {head_dim}", "*fp32"))
+            attend(entry, head_dim, role)
+    for role in ("short", "long"):
+        attend(attention.TILES[arch, 128, role], 128, f"{role}, grouped", group=4)
     for head_dim in (64, 128):
-        out.append(Build(decode.split_kernel, dict(
-            GROUP=1, BLOCK_G=16, HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim), BLOCK_N=64), 4, 3,
-            f"decode split {head_dim}"))
-        out.append(Build(decode.combine_kernel, dict(
-            BLOCK_S=32, HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim)), 4, 3,
-            f"decode combine {head_dim}"))
+        attend(attention.SMALL_TILES, head_dim, "fp32", "*fp32")
+    for head_dim, group, dtype in ((64, 1, "bf16"), (80, 1, "bf16"), (96, 1, "bf16"),
+                                   (128, 1, "bf16"), (128, 8, "bf16"), (128, 1, "fp32")):
+        width = block_d(head_dim)
+        sizes = dict(GROUP=group, BLOCK_G=max(16, next_power_of_2(group)), HEAD_DIM=head_dim,
+                     BLOCK_D=width, BLOCK_N=decode.BLOCK_N)
+        out.append(Build(decode.split_kernel, sizes, 4, decode.STAGES,
+                         f"decode split {dtype} {group} x {head_dim}", f"*{dtype}"))
+    out.append(Build(decode.combine_kernel, dict(
+        BLOCK_S=decode.MAX_SPLITS, HEAD_DIM=128, BLOCK_D=128), 4, 3, "decode combine 128"))
     for C, centred in ((4096, False), (1024, True), (1280, True)):
-        block, warps = next_power_of_2(C), norm.warps(C)
-        sizes = dict(CENTRED=centred, RESIDUAL=True, BLOCK=block)
-        out.append(Build(norm.forward_kernel, sizes, warps, 3, f"norm forward {C}"))
-        out.append(Build(norm.backward_kernel, sizes, warps, 3, f"norm backward {C}"))
-    out.append(Build(rope.rope_kernel, dict(HALF=64, BACK=False, BLOCK_H=32, BLOCK_D=64), 4, 3,
-                     "rope 32 x 128"))
-    out.append(Build(swiglu_kernel, dict(BLOCK=BLOCK), 4, 3, "swiglu forward"))
-    out.append(Build(swiglu_backward_kernel, dict(BLOCK=BLOCK), 4, 3, "swiglu backward"))
-    out.append(Build(loss.loss_kernel, dict(IGNORE=loss.IGNORE, GRADIENT=True, BLOCK=4096), 8, 3,
-                     "loss"))
+        sizes = dict(CENTRED=centred, RESIDUAL=True, BLOCK=next_power_of_2(C))
+        for kernel in (norm.forward_kernel, norm.backward_kernel):
+            out.append(Build(kernel, sizes, norm.warps(C), 3,
+                             f"norm {kernel.__name__.removesuffix('_kernel')} {C}"))
+    for back in (False, True):
+        out.append(Build(rope.rope_kernel, dict(HALF=64, BACK=back, BLOCK_H=32, BLOCK_D=64), 4, 3,
+                         f"rope {'back ' * back}32 x 128"))
+    for kernel in (swiglu_kernel, swiglu_backward_kernel):
+        out.append(Build(kernel, dict(BLOCK=BLOCK), 4, 3, kernel.__name__.removesuffix("_kernel")))
+    for gradient in (False, True):
+        out.append(Build(loss.loss_kernel, dict(IGNORE=loss.IGNORE, GRADIENT=gradient,
+                                                BLOCK=loss.BLOCK), 8, 3,
+                         f"loss{' and gradient' * gradient}"))
     return out
 
 
@@ -520,7 +555,7 @@ def resources() -> list[dict]:
         raise UserError("resources: needs Triton (Linux) and TRITON_INTERPRET unset")
     rows = []
     print(f"{'kernel':34}{'tile':>12}{'warps':>7}{'regs':>6}{'spill':>7}{'shared':>9}{'mma':>6}"
-          f"{'cp.async':>10}")
+          f"{'wgmma':>7}{'cp.async':>10}")
     for arch in LIMIT:
         print(f"sm{arch}", flush=True)
         for build in builds(arch):
@@ -528,7 +563,8 @@ def resources() -> list[dict]:
             rows.append(row)
             tile = f"{row['block_m']} x {row['block_n']}" if row["block_m"] else ""
             print(f"{build.label:34}{tile:>12}{build.warps:7}{row['registers']:6}"
-                  f"{row['spill']:7}{row['shared']:9}{row['mma']:6}{row['cp_async']:10}",
+                  f"{row['spill']:7}{row['shared']:9}{row['mma']:6}{row['wgmma']:7}"
+                  f"{row['cp_async']:10}",
                   flush=True)
     return rows
 
@@ -545,7 +581,7 @@ def compile_for(build: Build, arch: int) -> dict:
             signature[name] = POINTERS.get(name, build.dtype)
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.endswith("_ptr") or name.startswith("stride_"):  # as torch allocates
+        if name.endswith("_ptr") or name.startswith("stride_") or name == "C":  # as torch has it
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=build.kernel, signature=signature, constexprs=build.constants,
                        attrs=attributes)
@@ -555,7 +591,7 @@ def compile_for(build: Build, arch: int) -> dict:
     return {"kernel": build.label, "arch": arch, "warps": build.warps, "stages": build.stages,
             "block_m": build.constants.get("BLOCK_M"), "block_n": build.constants.get("BLOCK_N"),
             **registers(binary.asm["cubin"]), "shared": binary.metadata.shared,
-            "mma": ptx.count("mma.sync") + ptx.count("wgmma.mma_async"),
+            "mma": ptx.count("mma.sync"), "wgmma": ptx.count("wgmma.mma_async"),
             "cp_async": ptx.count("cp.async.cg") + ptx.count("cp.async.ca")}
 
 

@@ -289,7 +289,7 @@ class VisionLanguageModel(nn.Module):
         hidden = self.decode(batch.tokens, batch.positions, text, self.image_span(batch), pictures)
         learned = hidden.index_select(0, batch.target_rows)  # (L, C)
         targets = batch.targets.index_select(0, batch.target_rows)
-        token_loss, _ = linear_cross_entropy(learned, self.output_table(), targets)
+        token_loss, _ = linear_cross_entropy(learned, self.head, targets, self.special_head)
         if not self.config.contrastive_dim:
             nothing = token_loss.new_zeros(0, 1)
             return Output(token_loss, nothing, nothing, token_loss.new_ones(()))

@@ -24,8 +24,18 @@ the same without Triton.
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import INTERPRETED, backend_for, debugging, jit, next_power_of_2, tl, triton
+from kernels.backend import (
+    INTERPRETED,
+    backend_for,
+    custom_op,
+    debugging,
+    jit,
+    next_power_of_2,
+    tl,
+    triton,
+)
 from kernels.decode import decodes
 from kernels.online_softmax import LOG2E, attend, block_d, load_rows, scores_of, store_rows
 from kernels.spans import (
@@ -33,6 +43,7 @@ from kernels.spans import (
     attention_hints,
     check_intervals,
     interval_attention_torch,
+    nothing_seen,
 )
 
 # -------------------------------------------------------------------------- the definition
@@ -62,8 +73,8 @@ def interval_attention_reference(
 # ------------------------------------------------------------------------------ tile sizes
 
 # (BLOCK_M query rows, BLOCK_N keys, warps, stages) of the forward, dq and dk/dv kernels, by
-# compute capability, padded head_dim and role (spans.py). A caption of 40 tokens fills a fifth of a
-# 128 x 128 tile and most of a 64 x 32 one. None spills registers (tests/test_compile.py).
+# compute capability, padded head_dim and role (spans.py). Packed captions of 24 to 56 tokens use
+# 8 % of tiles of 128 x 128 and 21 % of 64 x 32. None spills registers (tests/test_compile.py).
 TILES = {
     (80, 64, "short"): ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
     (80, 64, "medium"): ((64, 32, 4, 4), (64, 64, 8, 3), (32, 64, 4, 3)),
@@ -90,8 +101,8 @@ def tiles(q: Tensor, role: str) -> tuple:
     width = max(64, next_power_of_2(q.shape[-1]))
     if q.dtype == torch.float32 or width > 128:
         return SMALL_TILES
-    newest = 90 if torch.cuda.get_device_capability(q.device) >= (9, 0) else 80
-    return TILES[newest, width, role]
+    major, _ = torch.cuda.get_device_capability(q.device)  # 12 has less shared memory than 9 or 10
+    return TILES[90 if major in (9, 10) else 80, width, role]
 
 
 # ---------------------------------------------------------------------------- forward kernel
@@ -122,7 +133,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, o_ptr, lse_ptr,
                    BLOCK_N: tl.constexpr):
     """o and lse, the base-2 logarithm of each row's sum of weights (+inf where nothing is seen)."""
     m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # long causal rows first
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     rows = m + tl.arange(0, BLOCK_M)
     start = tl.load(start_ptr + tl.minimum(rows, n_rows - 1))  # rows behind the last are like it
     end = tl.load(end_ptr + tl.minimum(rows, n_rows - 1))
@@ -181,7 +192,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, o_ptr, lse_ptr, do_ptr, d
               BLOCK_N: tl.constexpr):
     """dq, shaped and laid out like o and do; delta (H, T) on the way, for the kernel below."""
     m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     rows = m + tl.arange(0, BLOCK_M)
     start = tl.load(start_ptr + tl.minimum(rows, n_rows - 1))
     end = tl.load(end_ptr + tl.minimum(rows, n_rows - 1))
@@ -238,7 +249,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, lse_ptr, do_ptr, delta_p
     seen_ptr (4, blocks): the rows that see some of the block begin at 0 and stop at 3; those that
     see all of it are 1 ... 2 (`rows_that_see`).
     """
-    block, h = tl.program_id(0), tl.program_id(1)
+    block, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = block * BLOCK_N
     keys = n + tl.arange(0, BLOCK_N)
     first = tl.load(seen_ptr + block)
@@ -252,9 +263,9 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, lse_ptr, do_ptr, delta_p
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for g in range(GROUP):
-        head = h * GROUP + g
-        q, do = q_ptr + head * stride_qh, do_ptr + head * stride_oh
-        lse, delta = lse_ptr + head * n_rows, delta_ptr + head * n_rows
+        query_head = h * GROUP + g
+        q, do = q_ptr + query_head * stride_qh, do_ptr + query_head * stride_oh
+        lse, delta = lse_ptr + query_head * n_rows, delta_ptr + query_head * n_rows
         dk, dv = dkv_phase(dk, dv, k, v, keys, q, do, start_ptr, end_ptr, lse, delta, stride_qt,
                            stride_ot, first, middle, n_rows, scale, BLOCK_M, HEAD_DIM, BLOCK_D,
                            True)
@@ -275,10 +286,10 @@ def rows_that_see(start: Tensor, end: Tensor, n_keys: int, block: int) -> Tensor
 
     >>> start, end = torch.tensor([0, 0, 0, 3, 3]), torch.tensor([1, 2, 3, 5, 5])
     >>> rows_that_see(start, end, n_keys=5, block=2).tolist()
-    [[0, 2, 3], [1, 3, 5], [3, 3, 5], [3, 5, 5]]
+    [[0, 2, 3], [1, 3, 3], [3, 3, 5], [3, 5, 5]]
     """
     low = torch.arange(0, n_keys, block, device=start.device, dtype=start.dtype)
-    high = low + block
+    high = (low + block).clamp(max=n_keys)
     return torch.stack([
         torch.searchsorted(end, low, right=True),
         torch.searchsorted(end, high),
@@ -290,14 +301,13 @@ def rows_that_see(start: Tensor, end: Tensor, n_keys: int, block: int) -> Tensor
 # ------------------------------------------------------------------------- what torch is told
 
 
-if triton:  # custom ops, so that compile, checkpointing and FLOP counters see them
+if triton:
 
-    @torch.library.custom_op("nanovilla::attention_forward", mutates_args=())
+    @custom_op("attention_forward")
     def attention_forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor,
                           scale: float, role: str) -> tuple[Tensor, Tensor]:
         T, H, D = q.shape
-        o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-            (H, T), dtype=torch.float32)
+        o, lse = q.new_empty(q.shape), q.new_empty((H, T), dtype=torch.float32)
         m, n, warps, stages = tiles(q, role)[0]
         forward_kernel[triton.cdiv(T, m), H](
             q, k, v, start, end, o, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
@@ -309,7 +319,7 @@ if triton:  # custom ops, so that compile, checkpointing and FLOP counters see t
     def _(q, k, v, start, end, scale, role):
         return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
-    @torch.library.custom_op("nanovilla::attention_backward", mutates_args=())
+    @custom_op("attention_backward")
     def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor,
                            o: Tensor, lse: Tensor, scale: float, role: str
                            ) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,6 +352,15 @@ if triton:  # custom ops, so that compile, checkpointing and FLOP counters see t
 
     attention_forward.register_autograd(backward, setup_context=keep_for_backward)
 
+    @register_flop_formula(torch.ops.nanovilla.attention_forward)
+    def _(q, k, *_, **__) -> int:
+        """As if every row saw every key: an upper bound, for the device alone knows intervals."""
+        return 2 * 2 * q[0] * k[0] * q[1] * q[2]
+
+    @register_flop_formula(torch.ops.nanovilla.attention_backward)
+    def _(do, q, k, *_, **__) -> int:
+        return 5 * 2 * q[0] * k[0] * q[1] * q[2]
+
 
 # ----------------------------------------------------------------------- the public function
 
@@ -364,8 +383,9 @@ def interval_attention(
     exact zeros. `hints` = attention_hints(start, end), made once per batch where the intervals
     are known on the CPU; without it the torch backend reads them back from the device.
     Raises ValueError on shapes, dtypes or devices that do not fit; in debug mode, and with the
-    reference, also on intervals that decrease or leave the keys. Source: design of this project;
-    the softmax attention itself is Vaswani et al. 2017, section 3.2.1.
+    reference, also on intervals that decrease or leave the keys. Numbers must be finite: in the
+    Triton kernels a NaN reaches all rows and keys of its tile. Source: design of this project; the
+    softmax attention itself is Vaswani et al. 2017, section 3.2.1.
     """
     check_shapes(q, k, v, start, end)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -384,8 +404,9 @@ def interval_attention(
 def interval_attention_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor,
                               scale: float, hints: AttentionHints | None) -> Tensor:
     if not len(q) or not len(k):  # a kernel without programs cannot be started
-        return q * 0.0 + (k.sum() + v.sum()) * 0.0
+        return nothing_seen(q, k, v)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    start, end = start.contiguous(), end.contiguous()
     if decodes(q, k, v):
         return torch.ops.nanovilla.attention_decode(q, k, v, start, end, scale)
     return attention_forward(q, k, v, start, end, scale, role_of(hints))[0]
@@ -412,6 +433,9 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor) ->
             f"start and end must be ({q.shape[0]},), one per query: got {tuple(start.shape)} and "
             f"{tuple(end.shape)}"
         )
+    for name, x in (("start", start), ("end", end)):
+        if x.dtype != torch.int32:
+            raise ValueError(f"{name} is {x.dtype}: give it as torch.int32")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name} is {x.dtype}, q {q.dtype}: give both the same dtype")

@@ -8,6 +8,8 @@ Without a choice, tensors on CUDA take `triton` and all others `torch`. Triton h
 only; elsewhere the kernels below are plain text that nobody calls.
 """
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -42,9 +44,13 @@ def set_backend(name: str | None, debug: bool = False) -> None:
 
 def backend_for(x: Tensor, asked: str | None = None) -> str:
     """The backend that works on x: the one asked for, else the chosen one, else x's device's."""
-    name = asked or _chosen or ("triton" if x.is_cuda and triton else "torch")
+    fits = x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)
+    name = asked or _chosen or ("triton" if x.is_cuda and fits and triton else "torch")
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name == "triton" and not fits:
+        raise ValueError(f"backend 'triton': computes fp16, bf16 and fp32 on CUDA, not "
+                         f"{x.dtype} on {x.device}; choose 'torch'")
     return name
 
 
@@ -55,6 +61,20 @@ def debugging() -> bool:
 def jit(kernel):
     """triton.jit, where Triton exists."""
     return triton.jit(kernel) if triton else kernel
+
+
+def custom_op(name: str) -> Callable:
+    """Register a function that launches kernels, on the device of its first argument.
+
+    As an op of its own it is seen by torch.compile, selective checkpointing and FLOP counters.
+    """
+    def register(function: Callable):
+        @functools.wraps(function)
+        def launch(first: Tensor, *others):
+            with torch.cuda.device_of(first):
+                return function(first, *others)
+        return torch.library.custom_op(f"nanovilla::{name}", launch, mutates_args=())
+    return register
 
 
 def next_power_of_2(n: int) -> int:

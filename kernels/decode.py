@@ -14,19 +14,19 @@ them. Only for writing: there is no backward pass.
 import torch
 from torch import Tensor
 
-from kernels.backend import INTERPRETED, jit, next_power_of_2, tl, triton
+from kernels.backend import INTERPRETED, custom_op, jit, next_power_of_2, tl, triton
 from kernels.online_softmax import LOG2E, attend, block_d, load_rows
 
 MAX_ROWS = 64  # with more query rows the GPU is busy without splits
 MIN_KEYS = 512  # with fewer keys a second kernel costs more than it saves
 MAX_SPLITS = 32
-BLOCK_N = 16 if INTERPRETED else 64
+BLOCK_N, STAGES = 16 if INTERPRETED else 64, 2
 KEYS_A_SPLIT = 4 * BLOCK_N  # at least
 PROGRAMS = 512  # as many as keep a large GPU busy
 
 
 @jit
-def split_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, o_ptr, lse_ptr, stride_qt, stride_qh,
+def split_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, part_ptr, lse_ptr, stride_qt, stride_qh,
                  stride_kt, stride_kh, stride_vt, stride_vh, n_keys, scale, GROUP: tl.constexpr,
                  BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                  BLOCK_N: tl.constexpr):
@@ -56,7 +56,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, o_ptr, lse_ptr, stride
     heads, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     place = ((t * tl.num_programs(1) + h) * GROUP + heads) * n_splits + split
     inside = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(o_ptr + place[:, None] * HEAD_DIM + dims[None, :], o, mask=inside)
+    tl.store(part_ptr + place[:, None] * HEAD_DIM + dims[None, :], o, mask=inside)
     tl.store(lse_ptr + place, lse, mask=heads < GROUP)
 
 
@@ -79,7 +79,7 @@ def combine_kernel(part_ptr, lse_ptr, o_ptr, n_splits, BLOCK_S: tl.constexpr,
 
 if triton:
 
-    @torch.library.custom_op("nanovilla::attention_decode", mutates_args=())
+    @custom_op("attention_decode")
     def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor,
                          scale: float) -> Tensor:
         (T, H, D), (S, Hkv, _) = q.shape, k.shape
@@ -90,7 +90,7 @@ if triton:
         split_kernel[T, Hkv, splits](
             q, k, v, start, end, part, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], S,
             scale * LOG2E, H // Hkv, max(16, next_power_of_2(H // Hkv)), D, block_d(D), BLOCK_N,
-            num_warps=4, num_stages=3)
+            num_warps=4, num_stages=STAGES)
         combine_kernel[T * H,](part, lse, o, splits, next_power_of_2(splits), D, block_d(D))
         return o
 

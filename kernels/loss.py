@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import INTERPRETED, backend_for, jit, tl, triton
+from kernels.backend import INTERPRETED, backend_for, custom_op, debugging, jit, tl, triton
 
 IGNORE = -100  # the target of a token that is not learned
 CHUNK = 2**25  # logits alive at once
@@ -33,7 +34,7 @@ BLOCK = 64 if INTERPRETED else 4096
 
 def loss_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Several chunks are computed a second time for the backward pass, instead of being kept."""
-    n = chunk_rows(weight)
+    n = chunk_rows(len(weight))
     if len(hidden) <= n:
         return chunk_loss(hidden, weight, targets)
     chunks = zip(hidden.split(n), targets.split(n), strict=True)
@@ -46,21 +47,21 @@ def chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-def chunk_rows(weight: Tensor) -> int:
-    return max(1, CHUNK // len(weight))
+def chunk_rows(V: int) -> int:
+    return max(1, CHUNK // V)
 
 
 # ------------------------------------------------------------------------------------- the kernel
 
 
 @jit
-def loss_kernel(logits_ptr, target_ptr, loss_ptr, V, IGNORE: tl.constexpr, GRADIENT: tl.constexpr,
-                BLOCK: tl.constexpr):
+def loss_kernel(logits_ptr, target_ptr, loss_ptr, stride_t, V, IGNORE: tl.constexpr,
+                GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits -> its loss; with GRADIENT, dlogits takes the logits' place."""
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
     learned = target != IGNORE
-    logits_ptr += row.to(tl.int64) * V
+    logits_ptr += row.to(tl.int64) * stride_t
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     for first in range(0, V, BLOCK):  # the online softmax of online_softmax.py
@@ -86,77 +87,106 @@ def loss_kernel(logits_ptr, target_ptr, loss_ptr, V, IGNORE: tl.constexpr, GRADI
 
 if triton:
 
-    @torch.library.custom_op("nanovilla::loss", mutates_args=())
-    def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor, learn_hidden: bool,
-                   learn_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss summed, and its gradients by hidden and by weight, empty where not asked for."""
-        V, n = len(weight), chunk_rows(weight)
+    @custom_op("loss")
+    def fused_loss(hidden: Tensor, weight: Tensor, extra: Tensor, targets: Tensor,
+                   learn: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss summed, and its gradients by hidden, weight and extra: empty if not learned."""
+        V, E, n = len(weight), len(extra), chunk_rows(len(weight) + len(extra))
         loss = hidden.new_empty(len(hidden), dtype=torch.float32)
-        dhidden, dweight = gradients_of(hidden, weight, learn_hidden, learn_weight)
-        dweight.zero_()
+        dhidden = hidden.new_empty(hidden.shape if learn[0] else 0)
+        dweight = weight.new_zeros(weight.shape if learn[1] else 0, dtype=torch.float32)
+        dextra = extra.new_zeros(extra.shape if learn[2] else 0, dtype=torch.float32)
         for i in range(0, len(hidden), n):
             h = hidden[i : i + n]
-            logits = F.linear(h, weight)
-            loss_kernel[len(h),](logits, targets[i : i + n], loss[i : i + n], V, IGNORE,
-                                 learn_hidden or learn_weight, BLOCK, num_warps=8)
-            if learn_hidden:
-                dhidden[i : i + n] = logits @ weight
-            if learn_weight:
-                dweight += logits.T @ h
-        return loss.sum(), dhidden, dweight
+            logits = hidden.new_empty(len(h), (V + E + 7) // 8 * 8)[:, : V + E]  # rows aligned
+            torch.mm(h, weight.T, out=logits[:, :V])
+            torch.mm(h, extra.T, out=logits[:, V:])
+            loss_kernel[len(h),](logits, targets[i : i + n], loss[i : i + n], logits.stride(0),
+                                 V + E, IGNORE, any(learn), BLOCK, num_warps=8)
+            if learn[0]:
+                torch.mm(logits[:, :V], weight, out=dhidden[i : i + n])
+                dhidden[i : i + n] += logits[:, V:] @ extra
+            if learn[1]:
+                dweight += logits[:, :V].T @ h
+            if learn[2]:
+                dextra += logits[:, V:].T @ h
+        return loss.sum(), dhidden, dweight.to(weight.dtype), dextra.to(extra.dtype)
 
     @fused_loss.register_fake
-    def _(hidden, weight, targets, learn_hidden, learn_weight):
-        gradients = gradients_of(hidden, weight, learn_hidden, learn_weight)
-        return hidden.new_empty((), dtype=torch.float32), *gradients
+    def _(hidden, weight, extra, targets, learn):
+        loss = hidden.new_empty((), dtype=torch.float32)
+        return loss, *gradients_of(hidden, weight, extra, learn)
 
-    def gradients_of(hidden: Tensor, weight: Tensor, learn_hidden: bool, learn_weight: bool):
-        return (hidden.new_empty(hidden.shape if learn_hidden else (0,)),
-                weight.new_empty(weight.shape if learn_weight else (0,), dtype=torch.float32))
+    def gradients_of(hidden: Tensor, weight: Tensor, extra: Tensor, learn: list[bool]) -> list:
+        return [x.new_empty(x.shape if learns else (0,))
+                for x, learns in zip((hidden, weight, extra), learn, strict=True)]
 
     def keep_for_backward(ctx, inputs, output) -> None:
-        _, dhidden, dweight = output
-        ctx.learn, ctx.dtype = inputs[3:], inputs[1].dtype
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.learn = inputs[-1]
+        ctx.save_for_backward(*output[1:])
+        ctx.set_materialize_grads(False)  # else the unused outputs would get zeros of their size
 
-    def backward(ctx, dloss, _dhidden, _dweight):
-        dhidden, dweight = ctx.saved_tensors
-        return ((dhidden * dloss).to(dhidden.dtype) if ctx.learn[0] else None,
-                (dweight * dloss).to(ctx.dtype) if ctx.learn[1] else None, None, None, None)
+    def backward(ctx, dloss, *_):
+        gradients = zip(ctx.saved_tensors, ctx.learn, strict=True)
+        return *((g * dloss).to(g.dtype) if learns else None for g, learns in gradients), None, None
 
     fused_loss.register_autograd(backward, setup_context=keep_for_backward)
+
+    @register_flop_formula(torch.ops.nanovilla.loss)
+    def _(hidden, weight, extra, targets, learn, **_) -> int:
+        products = [1 + learn[0], learn[1]], [1 + learn[0], learn[2]]
+        return sum(2 * hidden[0] * table[0] * table[1] * sum(n)
+                   for table, n in zip((weight, extra), products, strict=True))
 
 
 # ----------------------------------------------------------------------------- the public function
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
-                         backend: str | None = None) -> tuple[Tensor, Tensor]:
+                         extra: Tensor | None = None, backend: str | None = None
+                         ) -> tuple[Tensor, Tensor]:
     """hidden (T, C), weight (V, C), targets (T,) int64 -> loss sum and target count, both 0-d.
 
-    The sum is fp32 (fp64 for fp64 inputs). Raises ValueError on shapes, dtypes or devices that do
-    not fit.
+    `extra` (E, C) are rows behind those of weight, so that one of both tables can stay frozen: no
+    gradient of a frozen one is computed. The sum is fp32 (fp64 for fp64 inputs). Raises ValueError
+    on shapes, dtypes or devices that do not fit; in debug mode, and with the reference, also on a
+    target that is no row.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be (T, C), weight (V, C): got {tuple(hidden.shape)} and "
-                         f"{tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be ({len(hidden)},), one per row of hidden: got "
-                         f"{tuple(targets.shape)}")
-    if weight.dtype != hidden.dtype:
-        raise ValueError(f"weight is {weight.dtype}, hidden {hidden.dtype}: give both the same")
-    for name, x in (("weight", weight), ("targets", targets)):
-        if x.device != hidden.device:
-            raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}: move one")
+    extra = weight[:0].detach() if extra is None else extra
+    check_loss(hidden, weight, extra, targets)
     count = (targets != IGNORE).sum()
     name = backend_for(hidden, backend)
+    if name == "reference" or debugging():
+        check_targets(targets, len(weight) + len(extra))
     if name == "triton" and len(hidden):
-        learn = torch.is_grad_enabled()
-        loss, *_ = fused_loss(hidden.contiguous(), weight, targets.contiguous(),
-                              learn and hidden.requires_grad, learn and weight.requires_grad)
-    elif name == "reference":
-        loss = chunk_loss(hidden.double(), weight.double(), targets)
-        loss = loss.to(torch.promote_types(hidden.dtype, torch.float32))
-    else:
-        loss = loss_torch(hidden, weight, targets)
-    return loss, count
+        learn = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, extra)]
+        loss, *_ = fused_loss(hidden.contiguous(), weight, extra, targets.contiguous(), learn)
+        return loss, count
+    table = torch.cat([weight, extra]) if len(extra) else weight
+    if name == "reference":
+        loss = chunk_loss(hidden.double(), table.double(), targets)
+        return loss.to(torch.promote_types(hidden.dtype, torch.float32)), count
+    return loss_torch(hidden, table, targets), count
+
+
+def check_loss(hidden: Tensor, weight: Tensor, extra: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless the arguments of linear_cross_entropy fit together."""
+    for name, x in (("weight", weight), ("extra", extra)):
+        if hidden.ndim != 2 or x.ndim != 2 or hidden.shape[1] != x.shape[1]:
+            raise ValueError(f"hidden must be (T, C), {name} (V, C): got {tuple(hidden.shape)} and "
+                             f"{tuple(x.shape)}")
+        if x.dtype != hidden.dtype:
+            raise ValueError(f"{name} is {x.dtype}, hidden {hidden.dtype}: give both the same")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"targets must be ({len(hidden)},) torch.int64, one per row of hidden: "
+                         f"got {tuple(targets.shape)} {targets.dtype}")
+    for name, x in (("weight", weight), ("extra", extra), ("targets", targets)):
+        if x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}: move one")
+
+
+def check_targets(targets: Tensor, n_rows: int) -> None:
+    outside = ((targets != IGNORE) & ((targets < 0) | (targets >= n_rows))).nonzero()
+    if len(outside):
+        i = int(outside[0])
+        raise ValueError(f"target {i} is {int(targets[i])}, but there are {n_rows} rows")

@@ -6,9 +6,9 @@
 Both are taken over the last axis and computed in fp32 or better: a bf16 mean of 4096 squares loses
 the very digits that eps is there to protect.
 
-What is slow. Little is computed, so time is bytes moved. Written out, each line above is a pass
-over x, and the residual sum in front of a norm is one more: x + r written, then read again. One
-kernel reads x and r once and writes the sum and the norm once, half the bytes.
+What is slow. Little is computed, so time is bytes moved. Written out, each operation above is a
+pass over x, and the residual sum in front of a norm is one more: x + r written, then read again.
+One kernel reads x and r once and writes the sum and the norm once.
 
 With u = (x - mean) * rstd, g = dy * weight and means over the row (mean(x) := 0 for RMSNorm):
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import backend_for, jit, next_power_of_2, tl, triton
+from kernels.backend import backend_for, custom_op, jit, next_power_of_2, tl, triton
 
 PARTS = 256  # programs of the backward pass: so many partial sums of dweight, whatever the machine
 
@@ -114,7 +114,7 @@ def backward_kernel(dy_ptr, dsum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_
 
 if triton:
 
-    @torch.library.custom_op("nanovilla::norm_forward", mutates_args=())
+    @custom_op("norm_forward")
     def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
                      eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, x + residual (empty without one), mean (empty for RMSNorm), rstd."""
@@ -135,7 +135,7 @@ if triton:
                 x.new_empty(rows if bias is not None else 0, dtype=torch.float32),
                 x.new_empty(rows, dtype=torch.float32))
 
-    @torch.library.custom_op("nanovilla::norm_backward", mutates_args=())
+    @custom_op("norm_backward")
     def norm_backward(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor,
                       rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         C, rows, centred = x.shape[-1], len(rstd), len(mean) > 0

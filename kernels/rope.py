@@ -17,7 +17,7 @@ kernel with -sin.
 import torch
 from torch import Tensor
 
-from kernels.backend import backend_for, jit, next_power_of_2, tl, triton
+from kernels.backend import backend_for, custom_op, jit, next_power_of_2, tl, triton
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def rope_kernel(x_ptr, cos_ptr, sin_ptr, y_ptr, stride_t, stride_h, H, HALF: tl.
 
 if triton:
 
-    @torch.library.custom_op("nanovilla::rope", mutates_args=())
+    @custom_op("rope")
     def rope(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
         T, H, D = x.shape
         y = x.new_empty(x.shape)

@@ -73,9 +73,11 @@ def attention_hints(start: np.ndarray, end: np.ndarray) -> AttentionHints:
     families: dict[tuple, list[tuple[int, int]]] = {}
     for first, stop, kind in _tiles(start, end):
         rows, keys = stop - first, int(end[stop - 1] - start[first])
-        # A rectangle's keys must agree exactly (nothing hides surplus ones); rows may be padded.
+        # A rectangle's keys must agree exactly: nothing hides surplus ones. Its rows may be padded;
+        # if they are few beside the keys, that costs less than to gather keys and values.
         n_keys = keys if kind == "full" else _family(keys)
-        families.setdefault((kind, _family(rows), n_keys), []).append((first, stop))
+        n_rows = 0 if kind == "full" and 2 * rows <= keys else _family(rows)
+        families.setdefault((kind, n_rows, n_keys), []).append((first, stop))
     groups, all_rows, all_keys = [], [], []
     place, offset = np.full(len(start), -1, dtype=np.int64), 0
     for (kind, _, _), spans in families.items():
@@ -199,8 +201,8 @@ def interval_attention_torch(
     if k.shape[1] != H:
         k = k.repeat_interleave(H // k.shape[1], dim=1)  # (S, Hkv, D) -> (S, H, D)
         v = v.repeat_interleave(H // v.shape[1], dim=1)
-    if not hints.groups:  # nobody sees anything: still a function of q, k, v, as autograd expects
-        return _zeros(q) + _zeros(k).sum() + _zeros(v).sum()
+    if not hints.groups:
+        return nothing_seen(q, k, v)
     n_rows, n_keys = [g.n * g.m for g in hints.groups], [g.n * g.s for g in hints.groups]
     parts = (_take(q, hints.rows, n_rows), _take(k, hints.keys, n_keys),
              _take(v, hints.keys, n_keys))
@@ -215,6 +217,11 @@ def interval_attention_torch(
         return results[0]
     results.append(q.new_zeros(1, H, D))  # what the empty rows point at
     return torch.cat(results).index_select(0, hints.place)
+
+
+def nothing_seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros like q that still are a function of all three, as autograd expects."""
+    return _zeros(q) + _zeros(k).sum() + _zeros(v).sum()
 
 
 def _zeros(x: Tensor) -> Tensor:

@@ -3,19 +3,22 @@
     y = silu(gate) * up,   silu(x) = x * s,   s = sigmoid(x)
 
 What is slow. Written out, silu(gate) is written and read again, and kept for the backward pass: at
-LLaMA-2-7B's width 180 KB a token, forward and backward. One kernel reads gate and up and writes y;
-the backward pass computes silu again.
+LLaMA-2-7B's width five tensors of 22 KB a token move instead of the three that must. One kernel
+reads gate and up and writes y; the backward pass computes silu again.
 
     dgate = dy * up * s * (1 + gate * (1 - s))        dup = dy * silu(gate)
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import backend_for, jit, tl, triton
+from kernels.backend import backend_for, custom_op, jit, tl, triton
 
 BLOCK = 1024
+
+
+def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 @jit
@@ -40,7 +43,7 @@ def swiglu_backward_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOC
 
 if triton:
 
-    @torch.library.custom_op("nanovilla::swiglu_forward", mutates_args=())
+    @custom_op("swiglu_forward")
     def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
         y, n = gate.new_empty(gate.shape), gate.numel()
         swiglu_kernel[triton.cdiv(n, BLOCK),](gate, up, y, n, BLOCK)
@@ -50,7 +53,7 @@ if triton:
     def _(gate, up):
         return gate.new_empty(gate.shape)
 
-    @torch.library.custom_op("nanovilla::swiglu_backward", mutates_args=())
+    @custom_op("swiglu_backward")
     def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         dgate, dup, n = gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.numel()
         swiglu_backward_kernel[triton.cdiv(n, BLOCK),](
@@ -79,5 +82,5 @@ def swiglu(gate: Tensor, up: Tensor, backend: str | None = None) -> Tensor:
     if name == "triton" and gate.numel():
         return swiglu_forward(gate.contiguous(), up.contiguous())
     if name == "reference":
-        return (F.silu(gate.double()) * up.double()).to(gate.dtype)
-    return F.silu(gate) * up
+        return swiglu_torch(gate.double(), up.double()).to(gate.dtype)
+    return swiglu_torch(gate, up)

@@ -51,7 +51,7 @@ def case(kind, seed, T, heads, kv_heads, dim, dtype=torch.float64):
 
 
 def run(backend, q, k, v, start, end):
-    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     o = interval_attention(q, k, v, start, end, backend=backend)
     pull = torch.linspace(-1, 1, o.numel(), dtype=torch.float64, device=DEVICE).view_as(o)
     return o.detach(), *torch.autograd.grad(o, (q, k, v), pull.to(o.dtype))
@@ -175,7 +175,7 @@ def test_selective_checkpointing_keeps_what_attention_computed(monkeypatch):
     assert torch.equal(found, wanted) and len(launched) == 2 * n_launches == 4
 
 
-@pytest.mark.parametrize("T, heads, length, dim", [(1, (4, 4), 600, 64), (3, (6, 2), 300, 80),
+@pytest.mark.parametrize("T, heads, length, dim", [(1, (4, 4), 600, 64), (3, (6, 2), 600, 80),
                                                    (2, (2, 1), 700, 20)])
 def test_few_rows_with_many_keys_are_split_and_put_together_again(T, heads, length, dim):
     rng = np.random.default_rng(T)
@@ -188,7 +188,10 @@ def test_few_rows_with_many_keys_are_split_and_put_together_again(T, heads, leng
     ours = interval_attention(q, k, v, start, start + seen, backend="triton")
     exact = interval_attention(*(x.double() for x in (q, k, v)), start, start + seen,
                                backend="reference")
-    assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+    theirs = interval_attention(q, k, v, start, start + seen, backend="torch")
+    unit = torch.finfo(q.dtype).eps
+    allowed = 2 * (theirs - exact).abs().max() + 4 * unit * exact.abs().max()
+    assert (ours - exact).abs().max() <= allowed
     assert (ours[seen == 0] == 0).all()
     assert not decode.decodes(q.requires_grad_(), k, v)  # there is no backward pass
 
@@ -203,7 +206,8 @@ def test_the_rows_of_a_block_of_keys_are_those_that_see_it(kind, seed, T, block)
         some = ((start < low + block) & (end > low) & sees).nonzero()[:, 0].tolist()
         assert all(some_from[i] <= row < some_to[i] for row in some)
         every = range(all_from[i], all_to[i])
-        assert all(start[row] <= low and end[row] >= low + block or not sees[row] for row in every)
+        high = min(low + block, len(k))
+        assert all(start[row] <= low and end[row] >= high or not sees[row] for row in every)
 
 
 @EVERY_BACKEND
@@ -248,6 +252,21 @@ def test_equal_pictures_laid_end_to_end_need_no_gather():
 
 
 @EVERY_BACKEND
+def test_any_layout_in_memory_gives_the_same(backend):
+    q, k, v, start, end = case("pictures", 3, 20, 4, 2, 16, torch.float32)
+    apart = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]  # head by head
+    every_other = [torch.stack([x, x], -1)[..., 0] for x in (q, start, end)]
+    right = run(backend, q, k, v, start, end)
+    for inputs in ((*apart, start, end), (every_other[0], k, v, *every_other[1:])):
+        for ours, wanted in zip(run(backend, *inputs), right, strict=True):
+            torch.testing.assert_close(ours, wanted)
+    leaf = q.clone().requires_grad_()  # the gradient of a sum has no memory of its own
+    o = interval_attention(leaf, k, v, start, end, backend=backend)
+    expanded, = torch.autograd.grad(o.sum(), leaf, retain_graph=True)
+    torch.testing.assert_close(expanded, torch.autograd.grad(o, leaf, torch.ones_like(o))[0])
+
+
+@EVERY_BACKEND
 def test_a_stream_without_rows_or_keys_is_no_case_of_its_own(backend):
     q, k, v, start, end = case("causal", 0, 6, 2, 2, 4, torch.float32)
     nothing = torch.zeros_like(start)
@@ -260,7 +279,7 @@ def test_a_stream_without_rows_or_keys_is_no_case_of_its_own(backend):
 @EVERY_BACKEND  # the definition always looks; the others in debug mode
 def test_intervals_that_decrease_or_leave_the_keys_are_refused_with_both_numbers(use, backend):
     use(None, debug=True)
-    q, k, v, start, end = case("causal", 0, 6, 2, 2, 4)
+    q, k, v, start, end = case("causal", 0, 6, 2, 2, 4, torch.float32)
     with pytest.raises(ValueError, match=r"end\[4\] = 5 > end\[5\] = 1"):
         bad = end.clone()
         bad[5] = 1
@@ -279,8 +298,10 @@ def test_head_counts_and_shapes_that_do_not_fit_are_refused_with_both_numbers():
 
 @EVERY_BACKEND
 def test_other_dtypes_and_devices_are_refused_by_name(backend):
-    q, k, v, start, end = case("causal", 0, 6, 4, 4, 4)
-    with pytest.raises(ValueError, match="v is torch.float32, q torch.float64"):
-        interval_attention(q, k, v.float(), start, end, backend=backend)
+    q, k, v, start, end = case("causal", 0, 6, 4, 4, 4, torch.float32)
+    with pytest.raises(ValueError, match="v is torch.float16, q torch.float32"):
+        interval_attention(q, k, v.half(), start, end, backend=backend)
+    with pytest.raises(ValueError, match="end is torch.int64: give it as torch.int32"):
+        interval_attention(q, k, v, start, end.long(), backend=backend)
     with pytest.raises(ValueError, match="start is on meta, q on"):
         interval_attention(q, k, v, start.to("meta"), end, backend=backend)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import eval
 import sample
 import train
@@ -102,6 +103,10 @@ BAD = [
     (train, ["--out", "notes.txt"], "cannot be made"),
     (train, ["--resume"], "--resume"),
     (eval, ["sculpture"], "sculpture"),
+    (bench, ["speed"], "kernels"),
+    (bench, ["kernels", "--seconds", "0"], "--seconds must be above 0"),
+    (bench, ["kernels", "--json", "nowhere/x.jsonl"], "nowhere/x.jsonl: cannot be written"),
+    (train, ["--backend", "cuda"], "--backend"),
     (eval, ["drawn", "--model", "nowhere"], "nowhere: no such folder"),
     (eval, ["drawn", "--questions", "0"], "at least 1"),
 ]
@@ -140,7 +145,7 @@ def test_the_program_itself_exits_with_two_and_prints_no_traceback(place):
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
 
 
-@pytest.mark.parametrize("script", [sample, train, eval])
+@pytest.mark.parametrize("script", [sample, train, eval, bench])
 def test_help_explains_every_flag(cli, script):
     code, out, _ = cli(script, "--help")
     assert code == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import bench
+from kernels import attention
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,9 +30,11 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 def test_every_entry_of_the_tables_is_compiled_for_both_architectures(compiled):
     for arch in bench.LIMIT:
-        names = [row["kernel"] for row in compiled if row["arch"] == arch]
-        assert len(names) == len(set(names)) == len(bench.builds(arch))
-    assert len(compiled) > 100
+        names = {row["kernel"] for row in compiled if row["arch"] == arch}
+        for _, width, role in (key for key in attention.TILES if key[0] == arch):
+            for kernel in ("forward", "dq", "dkv"):
+                assert f"attention {kernel} {role} {width}" in names
+    assert len(compiled) == len({(row["arch"], row["kernel"]) for row in compiled}) > 120
 
 
 BUDGET = {"attention forward fp32 128": 8}  # bytes a thread may spill; all others: none
@@ -41,6 +44,11 @@ def test_no_kernel_spills_a_register(compiled):
     assert [row for row in compiled if row["spill"] > BUDGET.get(row["kernel"], 0)] == []
 
 
+def test_kernels_that_only_move_bytes_leave_room_for_many_programs(compiled):
+    light = [row for row in compiled if not row["kernel"].startswith(("attention", "decode split"))]
+    assert light and [row for row in light if row["registers"] > 112] == []
+
+
 def test_every_kernel_fits_into_shared_memory(compiled):
     assert [row for row in compiled if row["shared"] > bench.LIMIT[row["arch"]]] == []
 
@@ -48,4 +56,6 @@ def test_every_kernel_fits_into_shared_memory(compiled):
 def test_attention_runs_on_tensor_cores_and_loads_ahead(compiled):
     rows = [row for row in compiled if row["kernel"].startswith(("attention", "decode split"))
             and "fp32" not in row["kernel"]]
-    assert rows and all(row["mma"] and row["cp_async"] for row in rows)
+    assert rows and all(row["mma"] + row["wgmma"] and row["cp_async"] for row in rows)
+    hopper = [row for row in rows if row["arch"] == 90 and "forward" in row["kernel"]]
+    assert hopper and all(row["wgmma"] for row in hopper)

@@ -10,9 +10,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import (
@@ -36,9 +40,10 @@ BF16 = pytest.mark.parametrize(
 
 
 @pytest.fixture(params=["torch", "triton"], autouse=True)
-def backend(request, use) -> str:
+def backend(request, use):
     use(request.param)
-    return request.param
+    with torch.device(DEVICE):
+        yield request.param
 
 
 def assert_near(ours: torch.Tensor, exact: torch.Tensor, units: float = 8):
@@ -49,7 +54,8 @@ def assert_near(ours: torch.Tensor, exact: torch.Tensor, units: float = 8):
 
 
 def random(*shape, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cpu").to(DEVICE, dtype)
 
 
 def pull(x: torch.Tensor) -> torch.Tensor:
@@ -160,6 +166,7 @@ def test_rope_and_its_gradient_equal_a_rotation_of_complex_numbers(T, H, D, thet
     assert_near(gradient, rope_exact(pull(x), -positions, theta), units)
 
 
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)  # in fp64
 def test_scores_depend_on_the_distance_of_positions_alone():
     q, k = (random(1, 2, 16, seed=seed).double().expand(40, 2, 16) for seed in (1, 2))
     scores = []
@@ -305,6 +312,16 @@ def test_a_frozen_head_gets_no_gradient_and_hidden_the_same_one():
     assert weight.grad is None
 
 
+def test_a_second_table_learns_alone_what_it_learns_as_rows_of_one():
+    hidden, weight, targets = random(9, 5), random(11, 5, seed=1), targets_of(9, 11)
+    loss, d_hidden, d_weight, _ = loss_and_gradients(hidden, weight, targets)
+    frozen, leaf, extra = weight[:8], hidden.clone().requires_grad_(), weight[8:].clone()
+    found, _ = linear_cross_entropy(leaf, frozen, targets, extra.requires_grad_())
+    (3 * found).backward()
+    for ours, right in ((found, loss), (leaf.grad, 3 * d_hidden), (extra.grad, 3 * d_weight[8:])):
+        torch.testing.assert_close(ours, right)
+
+
 # --------------------------------------------------------------------------- the sum before a norm
 
 
@@ -326,6 +343,64 @@ def test_a_norm_of_a_sum_gives_the_sum_and_both_gradients(norm, exact, n, shape)
         assert_near(mine, theirs, units=64)
 
 
+def test_either_output_of_a_norm_of_a_sum_may_be_used_alone():
+    x, residual, weight = random(4, 6), random(4, 6, seed=1), random(6, seed=2)
+    for used in (0, 1):
+        ours = gradients(lambda *xs, i=used: rms_norm(xs[0], weight, 1e-5, xs[1])[i], x, residual)
+        right = gradients(
+            lambda *xs, i=used: (rms_norm_exact(xs[0] + xs[1], weight, 1e-5), xs[0] + xs[1])[i],
+            x.double(), residual.double())
+        for mine, theirs in zip(ours, right, strict=True):
+            assert_near(mine, theirs, units=64)
+
+
+# ----------------------------------------------------------------------- Triton as exact as torch
+
+
+def call_of(name: str, rng: np.random.Generator, rows: int, width: int):
+    """A call of one of the functions, and the tensors that it takes, drawn in float64."""
+    def draw(*shape):
+        return torch.from_numpy(rng.standard_normal(shape)).to(DEVICE)
+
+    x, like, row = draw(rows, width), draw(rows, width), draw(width)
+    if name == "rms_norm":
+        return lambda b, x, r, w: torch.stack(rms_norm(x, w, 1e-5, r, b)), (x, like, row)
+    if name == "layer_norm":
+        return lambda b, x, w, v: layer_norm(x, w, v, 1e-5, backend=b), (x, row, draw(width))
+    if name == "swiglu":
+        return lambda b, x, y: swiglu(x, y, b), (x, like)
+    if name == "apply_rope":
+        table = rope_table(torch.from_numpy(rng.integers(0, 99, rows)), 2 * width, 1e4)
+        return lambda b, x: apply_rope(x, *table, b), (draw(rows, 3, 2 * width),)
+    pieces = int(rng.integers(1, 200))
+    targets = torch.from_numpy(np.where(rng.random(rows) < 0.3, IGNORE,
+                                        rng.integers(0, pieces + 2, rows))).to(DEVICE)
+    return (lambda b, x, w, e: linear_cross_entropy(x, w, targets, e, b)[0],
+            (x, draw(pieces, width), draw(2, width)))
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)  # each call names its own
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "apply_rope", "swiglu", "loss"])
+@settings(max_examples=15, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 40), st.integers(1, 90), st.sampled_from([torch.float32, torch.float16]),
+       st.integers(0, 999))
+def test_every_kernel_is_as_exact_as_torch(name, rows, width, dtype, seed):
+    """Errors against float64: twice those of torch, thrice for gradients, and four units."""
+    call, doubles = call_of(name, np.random.default_rng(seed), rows, width)
+    rounded = [x.to(dtype) for x in doubles]
+    outs = []
+    for backend, inputs in (("triton", rounded), ("torch", rounded),
+                            ("reference", [x.double() for x in rounded])):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        o = call(backend, *leaves)
+        outs.append([o.detach(), *torch.autograd.grad(o, leaves, pull(o.float()).to(o.dtype))])
+    for i, (ours, theirs, right) in enumerate(zip(*outs, strict=True)):
+        allowed = (3 if i else 2) * (theirs.double() - right).abs().max() + (
+            4 * torch.finfo(dtype).eps * max(x.abs().max() for x in outs[2]))
+        assert (ours.double() - right).abs().max() <= allowed, i
+
+
 # ------------------------------------------------------------------------------------ the package
 
 
@@ -342,13 +417,29 @@ def test_torch_knows_shapes_dtypes_and_gradients_of_the_kernels():
     check = torch.library.opcheck
     check(norm.norm_forward, (x, residual, weight, bias, 1e-5))
     check(norm.norm_forward, (x, None, weight, None, 1e-5))
+    _, total, mean, rstd = (y.detach() for y in norm.norm_forward(x, residual, weight, bias, 1e-5))
+    check(norm.norm_backward, (total, total, total, weight.detach(), mean, rstd))
+    check(norm.norm_backward, (total, None, total, weight.detach(), mean[:0], rstd))
     table = rope_table(torch.arange(5, device=DEVICE), 8, 1e4)
     check(rope.rope, (random(5, 2, 8).requires_grad_(), *table, False))
     check(torch.ops.nanovilla.swiglu_forward, (x, residual))
+    check(torch.ops.nanovilla.swiglu_backward, (total, total, total))
     targets = torch.tensor([1, IGNORE, 0, 3, 4], device=DEVICE)
     head = random(11, 7).requires_grad_()
-    for learn in ((True, True), (True, False)):
-        check(loss.fused_loss, (x, head, targets, *learn))
+    for learn in ([True, True, True], [True, False, True], [False, False, False]):
+        leaves = [y.detach().requires_grad_(learns) for y, learns in zip(
+            (x, head, head[:3]), learn, strict=True)]
+        check(loss.fused_loss, (*leaves, targets, learn))
+
+
+def test_flop_counters_see_the_products_of_the_loss():
+    counted = {}
+    for extra in (None, random(3, 5).requires_grad_()):
+        with FlopCounterMode(display=False) as counter:
+            linear_cross_entropy(random(9, 5).requires_grad_(), random(11, 5), targets_of(9, 11),
+                                 extra, backend="triton")
+        counted[extra is not None] = counter.get_total_flops()
+    assert counted == {False: 2 * 9 * 5 * 11 * 2, True: 2 * 9 * 5 * (11 * 2 + 3 * 3)}
 
 
 @pytest.mark.parametrize("call, says", [
@@ -359,6 +450,10 @@ def test_torch_knows_shapes_dtypes_and_gradients_of_the_kernels():
     (lambda x: swiglu(x, x.double()), "float32.*float64"),
     (lambda x: linear_cross_entropy(x, x[:, :3], x[:, 0]), r"got \(5, 7\) and \(5, 3\)"),
     (lambda x: linear_cross_entropy(x, x, x[:2, 0]), r"targets must be \(5,\).*got \(2,\)"),
+    (lambda x: linear_cross_entropy(x, x, x[:, 0]), "targets must.*int64.*got.*float32"),
+    (lambda x: linear_cross_entropy(x, x, torch.arange(5) + 1, backend="reference"),
+     "target 4 is 5, but there are 5 rows"),
+    (lambda x: rms_norm(x.double(), x[0], 1e-5, backend="triton"), "not torch.float64"),
     (lambda x: linear_cross_entropy(x, x.double(), x[:, 0]), "weight is torch.float64"),
 ])
 def test_arguments_that_do_not_fit_are_refused_with_both_sizes(call, says):

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import Encoded, collate
+from kernels import decode
 from model import (
     ContrastiveHead,
     DecoderConfig,
@@ -559,37 +560,38 @@ def test_hints_that_are_missing_are_found(build):
 
 # ---------------------------------------------------------------------------------- every backend
 
+HERE = pytest.param("triton", marks=pytest.mark.skipif(
+    torch.cuda.is_available(), reason="these models are on the CPU, where no interpreter runs"))
+OTHERS = pytest.mark.parametrize("backend", [HERE, "reference"])
+
 
 @EVERY_MODEL
-def test_every_backend_gives_the_same_loss_and_gradients(build, use, kind):
+@OTHERS
+def test_every_backend_gives_the_same_loss_and_gradients(build, use, kind, backend):
     model = deepcopy(build(kind, contrastive_dim=8))
     pairs = [document("iww", n) for n in range(2)]
     batch = packed(model, *documents(MIXED), *pairs, *map(search_for, pairs))
-    found = {}
-    for backend in ("torch", "triton", "reference"):
-        use(backend)
-        means, _ = losses(model, [batch], 0.5, backward=False)
-        found[backend] = means, gradient(model, [batch], 0.5)
-    means, gradients = found.pop("reference")
-    for ours, mine in found.values():
-        assert ours == pytest.approx(means, rel=1e-5)
-        for name, right in gradients.items():
-            assert (mine[name] - right).norm() <= 1e-4 * right.norm() + 1e-7, name
+    means, gradients = losses(model, [batch], 0.5, backward=False)[0], gradient(model, [batch], 0.5)
+    use(backend)
+    assert losses(model, [batch], 0.5, backward=False)[0] == pytest.approx(means, rel=1e-5)
+    for name, ours in gradient(model, [batch], 0.5).items():
+        assert (ours - gradients[name]).norm() <= 1e-4 * gradients[name].norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@OTHERS
+@pytest.mark.parametrize("kind", ["latest", "all, resampled"])
 @pytest.mark.parametrize("law", [
     test_what_stands_in_a_neighbour_of_the_same_length_changes_no_bit,
     test_words_before_any_picture_are_the_plain_decoders_bit_for_bit,
     test_text_alone_runs_as_the_plain_decoder_bit_for_bit,
     test_closed_gates_leave_the_plain_decoder_even_when_pictures_are_shown,
 ])
-def test_every_backend_keeps_the_laws(build, use, backend, law):
+def test_every_backend_keeps_the_laws(build, use, backend, law, kind):
     use(backend)
-    law(build, "latest")
+    law(build, kind)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@OTHERS
 def test_every_backend_keeps_documents_and_pictures_apart(build, use, backend):
     use(backend)
     patterns = ["wiwiw", "ww", "iww"]
@@ -602,11 +604,51 @@ def test_every_backend_keeps_documents_and_pictures_apart(build, use, backend):
         assert torch.equal(changed_by_picture(model, patterns, k), sees[:, k])
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_every_backend_writes_with_a_cache_what_it_reads_without(build, use, backend):
+@OTHERS
+def test_every_backend_gives_the_same_gradient_for_any_split(build, use, backend):
     use(backend)
-    model, prompts = build("all, resampled"), documents(MIXED)
-    for step in generate(model, packed(model, *prompts), max_new_tokens=1):
-        rows = logits(model, packed(model, prompts[step.document]))[-1:]
+    model, parts = deepcopy(build("all")), documents(["wiww", "www", "iwwiw"])
+    whole = gradient(model, [packed(model, *parts)])
+    split = gradient(model, [packed(model, *parts[:1]), packed(model, *parts[1:])])
+    for name in whole.keys() - {name for name in whole if name.endswith(BLIND)}:
+        assert (split[name] - whole[name]).norm() <= 1e-5 * whole[name].norm(), name
+
+
+@OTHERS
+def test_every_backend_writes_with_a_cache_what_it_reads_without(
+    build, use, monkeypatch, backend
+):
+    use(backend)
+    monkeypatch.setattr(decode, "MIN_KEYS", 16)  # so that rows are split, as in long documents
+    monkeypatch.setattr(decode, "KEYS_A_SPLIT", 4)
+    model, prompts = build("all, resampled"), documents(["wwiwiww", "w"])
+    whole = [list(prompt.ids) for prompt in prompts]
+    for step in generate(model, packed(model, *prompts), max_new_tokens=3, forbidden=(IMAGE,)):
+        ids, pictures = whole[step.document], prompts[step.document].images
+        read = logits(model, packed(model, Encoded(ids, [False] * len(ids), pictures, [])))[-1:]
         with torch.no_grad():
-            assert_close(model.logits(step.hidden[None]), rows)
+            assert_close(model.logits(step.hidden[None]), read)
+        ids.append(step.token)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@EVERY_MODEL
+def test_a_gpu_computes_what_the_cpu_does_and_keeps_neighbours_apart(build, kind, dtype, near):
+    model = deepcopy(build(kind, contrastive_dim=8))
+    one, other = documents(MIXED), documents(MIXED, seed=1)
+    right = losses(model, [packed(model, *one)], 0.0, backward=False)[0]
+    model.to("cuda", dtype)
+    ours = losses(model, [packed(model, *one).to("cuda")], 0.0, backward=False)[0]
+    assert ours == pytest.approx(right, rel=near)
+    other[0] = one[0]
+    features = []
+    for parts in (one, other):
+        batch = packed(model, *parts).to("cuda")
+        end = torch.arange(1, len(batch.tokens) + 1, device="cuda").int()
+        with torch.no_grad():
+            pictures, _ = model.encode_images(batch)
+            features.append(model.decode(
+                batch.tokens, batch.positions, Span(batch.text_start, end, batch.text_hints),
+                model.image_span(batch), pictures)[: len(one[0].ids)])
+    assert torch.equal(*features)

@@ -71,6 +71,7 @@ def finished(tmp_path_factory) -> Path:
 
 def test_a_run_prints_one_line_a_step_and_logs_the_same(finished):
     printed = (finished / "printed").read_text().splitlines()
+    assert printed[0].endswith("kernels: torch")
     lines = [line for line in printed if line.startswith(("pretrain ", "instruct "))]
     assert len(lines) == len(curve(finished)) == 8
     for what in ("loss", "norm", "lr", "ms", "tok/s", "samples/s", "MFU", "wait"):

@@ -1,0 +1,57 @@
+"""Laws of the benchmark: it measures what it says, beside the peers that are there.
+
+pytest tests/test_bench.py
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bench
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_run_prints_and_records_every_way_beside_a_peer(cli, tmp_path):
+    out = tmp_path / "record.jsonl"
+    code, printed, _ = cli(bench, "kernels", "--case", "captions, equal", "--seconds", "0.01",
+                           "--backend", "torch", "--json", out)
+    record = json.loads(out.read_text())
+    assert code == 0 and record["kernels"] == "torch" and record["matmul_tflops"] > 0
+    assert [row["way"] for row in record["rows"]] == ["forward", "backward", "both"]
+    for row in record["rows"]:
+        assert row["case"] in printed and row["error"] < 1e-5 and row["tflops"] > 0
+        low, middle, high = row["seconds"]["ours"]
+        assert 0 < low <= middle <= high and row["ratios"]["padded SDPA"] > 0
+
+
+def test_useful_scores_are_those_inside_of_the_intervals():
+    causal = bench.packed_causal("x", np.array([3, 1]), (1, 1, 4))
+    assert causal.scores == 3 * 4 / 2 + 1
+    assert bench.pictures("x", 2, 5, (1, 1, 4)).scores == 2 * 5 * 5
+    assert bench.decoding("x", 3, 7, (1, 1, 4)).scores == 3 * 7
+    blind = bench.cross("x", np.array([4, 10]), 6, 0.25, (1, 1, 4))  # 1 row and 2 see nothing
+    assert blind.scores == (3 + 8) * 6 and (blind.start <= blind.end).all()
+
+
+@pytest.mark.parametrize("case", bench.cases(), ids=lambda case: case.name)
+def test_every_case_keeps_the_rules_of_intervals(case):
+    assert (np.diff(case.start) >= 0).all() and (np.diff(case.end) >= 0).all()
+    assert case.end.max() <= case.n_keys and case.q_lengths.sum() == len(case.start)
+    assert case.k_lengths.sum() == case.n_keys
+
+
+def test_the_readme_shows_what_was_recorded():
+    records = map(json.loads, (ROOT / "results" / "cpu.jsonl").read_text().splitlines())
+    record = [record for record in records if record.get("bench") == "kernels"][-1]
+    readme = (ROOT / "README.md").read_text()
+    assert f"at commit {record['commit']}" in " ".join(readme.split())
+    ratios: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        if "padded SDPA" in row.get("ratios", {}):
+            ratios.setdefault(row["case"], []).append(f"{row['ratios']['padded SDPA']:.2f}")
+    for case, numbers in ratios.items():
+        if len(numbers) == 3 and "of 40" not in case:
+            assert f"| {case} | {' | '.join(numbers)} |" in readme
