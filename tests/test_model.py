@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from data import Encoded, collate
 from kernels import decode
 from model import (
@@ -28,7 +29,7 @@ from model import (
     choose,
     generate,
 )
-from parallel import losses
+from parallel import losses, train_step
 from vision import ResamplerConfig, VisionConfig
 
 WORDS = 40  # size of the published table
@@ -629,6 +630,29 @@ def test_every_backend_writes_with_a_cache_what_it_reads_without(
         with torch.no_grad():
             assert_close(model.logits(step.hidden[None]), read)
         ids.append(step.token)
+
+
+@OTHERS
+def test_every_backend_goes_on_exactly_where_it_stopped(build, use, tmp_path, backend):
+    use(backend)
+    batch = packed(build("all"), *documents(["wiww", "ww"]))
+
+    def step(model, optimizer):
+        train_step(model, optimizer, [batch], contrastive_weight=0.0, grad_clip=1.0)
+
+    def start():
+        model = deepcopy(build("all"))
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    through, stopped, again = start(), start(), start()
+    step(*through)
+    step(*through)
+    step(*stopped)
+    save_checkpoint(tmp_path, 1, *stopped, {}, keep=1)
+    load_checkpoint(latest_checkpoint(tmp_path), *again)
+    step(*again)
+    for ours, wanted in zip(again[0].parameters(), through[0].parameters(), strict=True):
+        assert torch.equal(ours, wanted)
 
 
 @pytest.mark.gpu

@@ -10,8 +10,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from data import Text, collate, collate_options, encode
+from kernels import set_backend
 from model import Output
-from parallel import contrastive_loss, train_step
+from parallel import contrastive_loss, losses, shard, train_step
 
 
 def features(seed: int, n_text: int, n_image: int, dim: int = 6):
@@ -121,3 +122,31 @@ def test_a_step_without_ret_leaves_an_optimizer_state_that_is_whole(tiny_model, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train_step(model, optimizer, [batch], contrastive_weight=0.1, grad_clip=1.0)
     assert batch.n_rets == 0 and set(optimizer.state) == set(model.parameters())
+
+
+def one_of_two(rank: int, store: str, model, batches, backend: str, results):
+    set_backend(backend)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    shard(model, torch.float32)
+    means, _ = losses(model, [batches[rank]], 0.0, backward=True)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
+    results[rank] = means[0], norm.item()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs the interpreter, which stands in for a GPU"))])
+def test_two_ranks_compute_with_every_backend_what_one_does(
+    tiny_model, tokenizer, tmp_path, backend
+):
+    model = tiny_model()
+    samples = [[encode([Text(words, learn=True)], tokenizer)]
+               for words in ("a red cat at the top", "a cup", "two blue fish on the right")]
+    whole, *batches = (collate(part, **collate_options(tokenizer, model.config))
+                       for part in (samples, samples[:1], samples[1:]))
+    results = mp.Manager().dict()
+    mp.spawn(one_of_two, (str(tmp_path / "store"), model, batches, backend, results), nprocs=2)
+    means, _ = losses(model, [whole], 0.0, backward=True)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    for rank in (0, 1):
+        assert results[rank] == (pytest.approx(means[0], rel=1e-5), pytest.approx(norm, rel=1e-5))
