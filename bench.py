@@ -1,7 +1,7 @@
 """How fast: against what else is installed and against the machine's own limits, in one run.
 
-    python bench.py kernels      attention and the loss beside their peers; without a GPU the torch
-                                 backend, and then
+    python bench.py kernels      attention and the loss beside their peers; without a GPU, and
+                                 without --case, resources as well
     python bench.py resources    every Triton kernel compiled for A100 and H100: registers, spills,
                                  shared memory
 
@@ -29,7 +29,6 @@ import torch.nn.functional as F
 
 from config import Parser, UserError, input_errors, run_main
 from kernels import (
-    BACKENDS,
     attention,
     attention_hints,
     backend_for,
@@ -50,12 +49,15 @@ def main() -> None:
     parser = Parser(prog="bench.py", description="Measure speed on this machine.")
     parser.add_argument("what", choices=("kernels", "resources"))
     parser.add_argument("--json", metavar="FILE", help="append the record to this file")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each case [2]")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each way of each case [2]")
     parser.add_argument("--case", default="", help="only cases with this in their name")
-    parser.add_argument("--backend", choices=BACKENDS, help="instead of the device's own")
+    parser.add_argument("--backend", choices=("triton", "torch"),
+                        help="instead of the device's own")
     options = parser.parse_args()
-    if not options.seconds > 0:
-        raise UserError(f"--seconds must be above 0, got {options.seconds}")
+    if not 0 < options.seconds < 3600:
+        raise UserError(f"--seconds must be above 0 and below 3600, got {options.seconds}")
+    if options.what == "kernels" and not any(options.case in name for name in case_names()):
+        raise UserError(f"--case {options.case}: choose a part of {', '.join(case_names())}")
     with input_errors():
         set_backend(options.backend)
     if options.json:
@@ -222,7 +224,7 @@ def cases() -> list[Case]:
             decoding("decode, 16 rows of 4096", 16, 4096, llama),
         ]
     heads = (4, 4, 64)
-    ragged = rng.integers(8, 73, 64)  # 44 % of a padded batch is padding
+    ragged = rng.integers(8, 73, 64)
     return [
         packed_causal("captions, ragged", ragged, heads),
         packed_causal("captions, equal", np.full(64, 40), heads),
@@ -235,6 +237,10 @@ def cases() -> list[Case]:
         *(packed_causal(f"{n} captions of 40", np.full(n, 40), heads)
           for n in (512, 1024, 2048, 4096)),
     ]
+
+
+def case_names() -> list[str]:
+    return [case.name for case in cases()] + ["loss"]
 
 
 def kernels(seconds: float, only: str) -> list[dict]:
@@ -554,7 +560,7 @@ def resources() -> list[dict]:
     if triton is None or INTERPRETED:
         raise UserError("resources: needs Triton (Linux) and TRITON_INTERPRET unset")
     rows = []
-    print(f"{'kernel':34}{'tile':>12}{'warps':>7}{'regs':>6}{'spill':>7}{'shared':>9}{'mma':>6}"
+    print(f"{'kernel':38}{'tile':>12}{'warps':>7}{'regs':>6}{'spill':>7}{'shared':>9}{'mma':>6}"
           f"{'wgmma':>7}{'cp.async':>10}")
     for arch in LIMIT:
         print(f"sm{arch}", flush=True)
@@ -562,7 +568,7 @@ def resources() -> list[dict]:
             row = compile_for(build, arch)
             rows.append(row)
             tile = f"{row['block_m']} x {row['block_n']}" if row["block_m"] else ""
-            print(f"{build.label:34}{tile:>12}{build.warps:7}{row['registers']:6}"
+            print(f"{build.label:38}{tile:>12}{build.warps:7}{row['registers']:6}"
                   f"{row['spill']:7}{row['shared']:9}{row['mma']:6}{row['wgmma']:7}"
                   f"{row['cp_async']:10}",
                   flush=True)
@@ -596,7 +602,7 @@ def compile_for(build: Build, arch: int) -> dict:
 
 
 def registers(cubin: bytes) -> dict:
-    """Registers of a thread, and the bytes it spills to memory."""
+    """Registers of a thread, and the bytes of its stack, which holds what is spilled."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

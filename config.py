@@ -69,7 +69,8 @@ class TrainConfig:
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32",
                         ("auto", "float32", "bfloat16"))
-    backend: str = option("auto", "whose kernels; auto: triton on CUDA, else torch",
+    backend: str = option("auto", "whose kernels; auto: triton on CUDA, else torch; "
+                          "reference is slow and for tests",
                           ("auto", "triton", "torch", "reference"))
     workers: int = option(1, "data-loading processes per rank", low=0)
     eval_every: int = option(250, "steps between evaluations (0: only at the end)", low=0)

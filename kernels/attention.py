@@ -8,7 +8,7 @@ Every query row i attends to one contiguous run of keys, [start_i, end_i):
     decoding with a cache   start_i = first row of i's slot            end_i = behind its last token
 
 What is slow. Attention as written below makes T x S scores and, in bf16, moves each of them to
-memory and back four times: 2 GB a head-layer for 16,000 tokens, nearly all of it masked away when
+memory or back four times: 2 GB a head-layer for 16,000 tokens, nearly all of it masked away when
 the stream is made of captions. One kernel that keeps a tile of scores in registers (FlashAttention,
 Dao et al. 2022, 2023) moves q, k, v and o once and no score at all. This one reads its keys by the
 interval, so it does no work outside; neither start nor end ever decreases along the stream, so the
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.backend import (
     INTERPRETED,
     backend_for,
+    check_numbers,
     custom_op,
     debugging,
     jit,
@@ -383,11 +384,15 @@ def interval_attention(
     exact zeros. `hints` = attention_hints(start, end), made once per batch where the intervals
     are known on the CPU; without it the torch backend reads them back from the device.
     Raises ValueError on shapes, dtypes or devices that do not fit; in debug mode, and with the
-    reference, also on intervals that decrease or leave the keys. Numbers must be finite: in the
-    Triton kernels a NaN reaches all rows and keys of its tile. Source: design of this project; the
-    softmax attention itself is Vaswani et al. 2017, section 3.2.1.
+    reference, also on intervals that decrease or leave the keys. Otherwise these are taken on
+    trust, since only the device knows them: behind the keys, Triton reads foreign memory. Numbers
+    must be finite: in the Triton kernels a NaN reaches all rows and keys of its tile. Source:
+    design of this project; the softmax attention itself is Vaswani et al. 2017, section 3.2.1.
     """
     check_shapes(q, k, v, start, end)
+    if hints is not None and (hints.n_rows != len(q) or hints.n_keys > len(k)):
+        raise ValueError(f"hints are for {hints.n_rows} rows and {hints.n_keys} keys or more, but "
+                         f"q has {len(q)} rows, k {len(k)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = backend_for(q, backend)
     if name == "reference" or debugging():
@@ -418,11 +423,15 @@ def role_of(hints: AttentionHints | None) -> str:
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor) -> None:
     """Raise ValueError unless the arguments of interval_attention fit together."""
+    check_numbers(q=q, k=k, v=v)
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
         raise ValueError(
             f"q must be (T, H, D), k and v (S, Hkv, D): got {tuple(q.shape)}, {tuple(k.shape)} "
             f"and {tuple(v.shape)}"
         )
+    if 0 in (*q.shape[1:], k.shape[1]):
+        raise ValueError(f"heads and head_dim must be above 0: q is {tuple(q.shape)}, k "
+                         f"{tuple(k.shape)}")
     if q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"k has {k.shape[1]} heads of {k.shape[2]}, which does not fit q's {q.shape[1]} heads "
@@ -436,9 +445,6 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor) ->
     for name, x in (("start", start), ("end", end)):
         if x.dtype != torch.int32:
             raise ValueError(f"{name} is {x.dtype}: give it as torch.int32")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype}, q {q.dtype}: give both the same dtype")
     for name, x in (("k", k), ("v", v), ("start", start), ("end", end)):
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}: move one of them")

@@ -1,6 +1,7 @@
 """Which code computes: the choice of backend, and Triton where it exists.
 
-    triton     fused kernels, on CUDA; on a CPU under Triton's interpreter (TRITON_INTERPRET=1)
+    triton     fused kernels, on CUDA; if asked for, on a CPU under Triton's interpreter, which
+               TRITON_INTERPRET=1 switches on
     torch      PyTorch's own operations, on any device
     reference  each file's definition in float64, slow and exact: for tests
 
@@ -61,6 +62,18 @@ def debugging() -> bool:
 def jit(kernel):
     """triton.jit, where Triton exists."""
     return triton.jit(kernel) if triton else kernel
+
+
+def check_numbers(**tensors: Tensor) -> None:
+    """Raise ValueError unless each is a tensor of floating-point numbers, all of one dtype."""
+    first = next(iter(tensors))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            what = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(f"{name} must be a floating-point tensor, got {what}")
+        if x.dtype != tensors[first].dtype:
+            raise ValueError(f"{name} is {x.dtype}, {first} {tensors[first].dtype}: give both the "
+                             f"same dtype")
 
 
 def custom_op(name: str) -> Callable:

@@ -23,7 +23,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import INTERPRETED, backend_for, custom_op, debugging, jit, tl, triton
+from kernels.backend import (
+    INTERPRETED,
+    backend_for,
+    check_numbers,
+    custom_op,
+    debugging,
+    jit,
+    tl,
+    triton,
+)
 
 IGNORE = -100  # the target of a token that is not learned
 CHUNK = 2**25  # logits alive at once
@@ -61,6 +70,7 @@ def loss_kernel(logits_ptr, target_ptr, loss_ptr, stride_t, V, IGNORE: tl.conste
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
     learned = target != IGNORE
+    known = (target >= 0) & (target < V)  # any other target gives an infinite loss
     logits_ptr += row.to(tl.int64) * stride_t
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
@@ -71,7 +81,7 @@ def loss_kernel(logits_ptr, target_ptr, loss_ptr, stride_t, V, IGNORE: tl.conste
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top))
         top = new_top
     lse = top + tl.log(total)
-    right = tl.load(logits_ptr + tl.where(learned, target, 0)).to(tl.float32)
+    right = tl.load(logits_ptr + target, mask=known, other=float("-inf")).to(tl.float32)
     tl.store(loss_ptr + row, tl.where(learned, lse - right, 0.0))
     if GRADIENT:
         tl.debug_barrier()  # `right` is read before any thread writes over it
@@ -150,7 +160,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
     `extra` (E, C) are rows behind those of weight, so that one of both tables can stay frozen: no
     gradient of a frozen one is computed. The sum is fp32 (fp64 for fp64 inputs). Raises ValueError
     on shapes, dtypes or devices that do not fit; in debug mode, and with the reference, also on a
-    target that is no row.
+    target that is no row (which otherwise gives an infinite loss or torch's own error).
     """
     extra = weight[:0].detach() if extra is None else extra
     check_loss(hidden, weight, extra, targets)
@@ -171,12 +181,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
 
 def check_loss(hidden: Tensor, weight: Tensor, extra: Tensor, targets: Tensor) -> None:
     """Raise ValueError unless the arguments of linear_cross_entropy fit together."""
+    check_numbers(hidden=hidden, weight=weight, extra=extra)
+    if not len(weight):
+        raise ValueError("weight must be (V, C) with V above 0, got no row")
     for name, x in (("weight", weight), ("extra", extra)):
         if hidden.ndim != 2 or x.ndim != 2 or hidden.shape[1] != x.shape[1]:
             raise ValueError(f"hidden must be (T, C), {name} (V, C): got {tuple(hidden.shape)} and "
                              f"{tuple(x.shape)}")
-        if x.dtype != hidden.dtype:
-            raise ValueError(f"{name} is {x.dtype}, hidden {hidden.dtype}: give both the same")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets must be ({len(hidden)},) torch.int64, one per row of hidden: "
                          f"got {tuple(targets.shape)} {targets.dtype}")

@@ -20,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import backend_for, custom_op, jit, next_power_of_2, tl, triton
+from kernels.backend import (
+    backend_for,
+    check_numbers,
+    custom_op,
+    jit,
+    next_power_of_2,
+    tl,
+    triton,
+)
 
 PARTS = 256  # programs of the backward pass: so many partial sums of dweight, whatever the machine
 
@@ -192,6 +200,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Te
 
     With `residual`, x's shape: returns (the norm of x + residual, x + residual).
     """
+    check_numbers(bias=bias)  # without one it would be an RMSNorm
     return _norm(x, residual, weight, bias, eps, backend)
 
 
@@ -200,8 +209,9 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | Non
     check_shapes(x, residual, weight, bias)
     name = backend_for(x, backend)
     if name == "triton" and x.numel():
-        residual = residual if residual is None else residual.contiguous()
-        y, total, *_ = norm_forward(x.contiguous(), residual, weight, bias, eps)
+        x, residual, weight, bias = (t if t is None else t.contiguous()
+                                     for t in (x, residual, weight, bias))
+        y, total, *_ = norm_forward(x, residual, weight, bias, eps)
         return y if residual is None else (y, total)
     total = x if residual is None else x + residual
     compute = norm_reference if name == "reference" else norm_torch
@@ -211,6 +221,10 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | Non
 
 def check_shapes(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
     """Raise ValueError unless the arguments of a norm fit together."""
+    check_numbers(x=x)
+    check_numbers(weight=weight)
+    if not x.ndim:
+        raise ValueError("x must be (..., C), got a single number")
     for name, w in (("weight", weight), ("bias", bias)):
         if w is not None and w.shape != x.shape[-1:]:
             raise ValueError(f"{name} must be ({x.shape[-1]},), as wide as x: got {tuple(w.shape)}")

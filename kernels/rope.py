@@ -17,11 +17,22 @@ kernel with -sin.
 import torch
 from torch import Tensor
 
-from kernels.backend import backend_for, custom_op, jit, next_power_of_2, tl, triton
+from kernels.backend import (
+    backend_for,
+    check_numbers,
+    custom_op,
+    jit,
+    next_power_of_2,
+    tl,
+    triton,
+)
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """positions (T,) int -> cos, sin, each (T, D/2) fp32; made once a batch, used by all layers."""
+    if positions.ndim != 1 or head_dim % 2:
+        raise ValueError(f"positions must be (T,) and head_dim even: got {tuple(positions.shape)} "
+                         f"and {head_dim}")
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None].float() * theta**-exponent  # (T, D/2)
     return angles.cos(), angles.sin()
@@ -85,7 +96,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str | None = None) 
 
     Raises ValueError on shapes or devices that do not fit.
     """
-    half = (x.shape[0], x.shape[-1] // 2)
+    check_numbers(x=x)
+    check_numbers(cos=cos, sin=sin)
+    half = (x.shape[0], x.shape[-1] // 2) if x.ndim == 3 else ()
     if x.ndim != 3 or x.shape[-1] % 2 or cos.shape != half or sin.shape != half:
         raise ValueError(f"x must be (T, H, D), cos and sin (T, D/2): got {tuple(x.shape)}, "
                          f"{tuple(cos.shape)} and {tuple(sin.shape)}")

@@ -1,6 +1,6 @@
 """Spans: what the intervals of a batch look like, and attention over them with PyTorch alone.
 
-A dense T x S mask for 64 documents of 100 tokens would hold 127 times more entries than are true,
+A dense T x S mask for 64 documents of 100 tokens would hold 127 times as many entries as are true,
 so none is ever built. `attention_hints` looks at the intervals once per batch, on the CPU, finds
 the rectangles and triangles they are made of, and gives each family of like-sized ones to
 `scaled_dot_product_attention` as one small dense batch:
@@ -51,6 +51,7 @@ class AttentionHints:
     place (T,): where row t's result stands among the groups' results laid end to end (empty rows
     point behind the last one, at a row of zeros). None: the one group's results are in order.
     role: how many keys a row typically sees, "short" (captions), "medium" (pictures), "long".
+    n_rows, n_keys: of the stream they were made for; of the keys, as many as are seen.
     """
 
     groups: list[SpanGroup]
@@ -58,13 +59,16 @@ class AttentionHints:
     keys: slice | Tensor
     place: Tensor | None
     role: str
+    n_rows: int
+    n_keys: int
 
     def to(self, device: torch.device) -> "AttentionHints":
         def move(x):
             return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
 
         groups = [replace(g, mask=move(g.mask)) for g in self.groups]
-        return AttentionHints(groups, move(self.rows), move(self.keys), move(self.place), self.role)
+        return replace(self, groups=groups, rows=move(self.rows), keys=move(self.keys),
+                       place=move(self.place))
 
 
 def attention_hints(start: np.ndarray, end: np.ndarray) -> AttentionHints:
@@ -99,18 +103,20 @@ def attention_hints(start: np.ndarray, end: np.ndarray) -> AttentionHints:
         real = np.arange(m) < (stop - first)[:, None]  # (n, m), False on padding
         place[rows[real]] = offset + np.arange(n * m).reshape(n, m)[real]
         offset += n * m
-    role = _role(float(np.maximum(end - start, 0).mean()) if len(start) else 0.0)
-    rows, keys = _slice_or_index(all_rows), _slice_or_index(all_keys)
-    if len(groups) == 1 and np.array_equal(place, np.arange(offset)):
-        return AttentionHints(groups, rows, keys, None, role)
+    in_order = len(groups) == 1 and np.array_equal(place, np.arange(offset))
     place[place < 0] = offset
-    return AttentionHints(groups, rows, keys, torch.from_numpy(place), role)
+    return AttentionHints(
+        groups, _slice_or_index(all_rows), _slice_or_index(all_keys),
+        None if in_order else torch.from_numpy(place),
+        _role(float(np.maximum(end - start, 0).mean()) if len(start) else 0.0),
+        len(start), int(end[start < end].max(initial=0)),
+    )
 
 
 def uniform_hints(n: int, m: int, s: int) -> AttentionHints:
     """Hints for n spans of m queries and s keys each, laid end to end: pictures, latents."""
     group = SpanGroup(n, m, s, causal=False, mask=None)
-    return AttentionHints([group], slice(0, n * m), slice(0, n * s), None, _role(s))
+    return AttentionHints([group], slice(0, n * m), slice(0, n * s), None, _role(s), n * m, n * s)
 
 
 def _role(n_keys: float) -> str:

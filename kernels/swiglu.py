@@ -12,7 +12,7 @@ reads gate and up and writes y; the backward pass computes silu again.
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import backend_for, custom_op, jit, tl, triton
+from kernels.backend import backend_for, check_numbers, custom_op, jit, tl, triton
 
 BLOCK = 1024
 
@@ -75,6 +75,7 @@ if triton:
 
 def swiglu(gate: Tensor, up: Tensor, backend: str | None = None) -> Tensor:
     """gate, up (..., F) -> (..., F). Raises ValueError unless they are alike."""
+    check_numbers(gate=gate)
     if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
         raise ValueError(f"gate and up must be alike: got {tuple(gate.shape)} {gate.dtype} on "
                          f"{gate.device} and {tuple(up.shape)} {up.dtype} on {up.device}")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kernels import attention, attention_hints, decode, interval_attention
+from kernels import attention, attention_hints, decode, interval_attention, uniform_hints
 from kernels.attention import rows_that_see
 from kernels.spans import _tiles
 
@@ -303,5 +303,11 @@ def test_other_dtypes_and_devices_are_refused_by_name(backend):
         interval_attention(q, k, v.half(), start, end, backend=backend)
     with pytest.raises(ValueError, match="end is torch.int64: give it as torch.int32"):
         interval_attention(q, k, v, start, end.long(), backend=backend)
+    with pytest.raises(ValueError, match="hints are for 3 rows and 3 keys or more, but q has 6"):
+        interval_attention(q, k, v, start, end, hints=uniform_hints(1, 3, 3), backend=backend)
+    with pytest.raises(ValueError, match="q must be a floating-point tensor, got torch.int32"):
+        interval_attention(q.int(), k, v, start, end, backend=backend)
+    with pytest.raises(ValueError, match="heads and head_dim must be above 0"):
+        interval_attention(q, k[:, :0], v[:, :0], start, end, backend=backend)
     with pytest.raises(ValueError, match="start is on meta, q on"):
         interval_attention(q, k, v, start.to("meta"), end, backend=backend)

@@ -105,6 +105,8 @@ BAD = [
     (eval, ["sculpture"], "sculpture"),
     (bench, ["speed"], "kernels"),
     (bench, ["kernels", "--seconds", "0"], "--seconds must be above 0"),
+    (bench, ["kernels", "--seconds", "inf"], "--seconds must be above 0"),
+    (bench, ["kernels", "--case", "zzz"], "captions, ragged"),
     (bench, ["kernels", "--json", "nowhere/x.jsonl"], "nowhere/x.jsonl: cannot be written"),
     (train, ["--backend", "cuda"], "--backend"),
     (eval, ["drawn", "--model", "nowhere"], "nowhere: no such folder"),

@@ -322,7 +322,25 @@ def test_a_second_table_learns_alone_what_it_learns_as_rows_of_one():
         torch.testing.assert_close(ours, right)
 
 
+def test_a_target_that_is_no_row_never_passes_for_a_loss(backend):
+    for wrong in (7, -3):
+        targets = torch.tensor([1, 2, wrong])
+        try:
+            loss, _ = linear_cross_entropy(random(3, 4), random(5, 4, seed=1), targets)
+        except IndexError:  # as torch puts it
+            continue
+        assert backend == "triton" and loss == torch.inf
+
+
 # --------------------------------------------------------------------------- the sum before a norm
+
+
+def test_weights_of_a_norm_may_lie_apart_in_memory():
+    x, wide = random(5, 7), random(7, 2, seed=1)
+    near = wide.t().contiguous()
+    assert torch.equal(rms_norm(x, wide[:, 0], 1e-5), rms_norm(x, near[0], 1e-5))
+    apart, together = (layer_norm(x, *weights, 1e-5) for weights in (wide.unbind(1), near))
+    assert torch.equal(apart, together)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -454,6 +472,12 @@ def test_flop_counters_see_the_products_of_the_loss():
     (lambda x: linear_cross_entropy(x, x, torch.arange(5) + 1, backend="reference"),
      "target 4 is 5, but there are 5 rows"),
     (lambda x: rms_norm(x.double(), x[0], 1e-5, backend="triton"), "not torch.float64"),
+    (lambda x: rms_norm(x.int(), x[0], 1e-5), "x must be a floating-point tensor, got torch.int32"),
+    (lambda x: layer_norm(x, x[0], None, 1e-5), "bias must be a floating-point tensor, got a None"),
+    (lambda x: apply_rope(x[0, 0], x, x), r"x must be \(T, H, D\)"),
+    (lambda x: rope_table(torch.arange(5), 63, 1e4), r"got \(5,\) and 63"),
+    (lambda x: swiglu(x.int(), x.int()), "gate must be a floating-point tensor"),
+    (lambda x: linear_cross_entropy(x, x[:0], torch.arange(5)), "got no row"),
     (lambda x: linear_cross_entropy(x, x.double(), x[:, 0]), "weight is torch.float64"),
 ])
 def test_arguments_that_do_not_fit_are_refused_with_both_sizes(call, says):
