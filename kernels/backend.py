@@ -6,7 +6,7 @@
     reference  each file's definition in float64, slow and exact: for tests
 
 Without a choice, tensors on CUDA take `triton` and all others `torch`. Triton has wheels for Linux
-only; elsewhere the kernels below are plain text that nobody calls.
+only; elsewhere the kernels in the other files are plain functions that nobody calls.
 """
 
 import functools

@@ -125,11 +125,8 @@ if triton:
     @fused_loss.register_fake
     def _(hidden, weight, extra, targets, learn):
         loss = hidden.new_empty((), dtype=torch.float32)
-        return loss, *gradients_of(hidden, weight, extra, learn)
-
-    def gradients_of(hidden: Tensor, weight: Tensor, extra: Tensor, learn: list[bool]) -> list:
-        return [x.new_empty(x.shape if learns else (0,))
-                for x, learns in zip((hidden, weight, extra), learn, strict=True)]
+        return loss, *(x.new_empty(x.shape if learns else 0)
+                       for x, learns in zip((hidden, weight, extra), learn, strict=True))
 
     def keep_for_backward(ctx, inputs, output) -> None:
         ctx.learn = inputs[-1]

@@ -499,6 +499,19 @@ def test_one_call_chooses_the_backend_of_the_process_and_an_unknown_one_is_refus
         kernels.backend_for(x, "cuda")
 
 
+def test_a_call_is_computed_by_the_chosen_backend_or_the_named_one(use, monkeypatch):
+    used = []
+    for name in kernels.BACKENDS:
+        monkeypatch.setattr(kernels.attention, f"interval_attention_{name}",
+                            lambda *args, name=name: used.append(name))
+    q, start = random(2, 1, 4), torch.zeros(2, dtype=torch.int32)
+    for name in ("torch", "reference", "triton"):
+        use(name)
+        kernels.interval_attention(q, q, q, start, start)
+    kernels.interval_attention(q, q, q, start, start, backend="torch")
+    assert used == ["torch", "reference", "triton", "torch"]
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA device runs Triton")
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(kernels.backend, "INTERPRETED", False)
