@@ -35,6 +35,8 @@ class TrainConfig:
     data: str = option("", "folder of name.jpg + name.txt pairs; without it, the drawn world")
     init: str = option("", "model folder to start from ('none': from nothing); with --data "
                            "assets/tiny unless said otherwise, else nothing")
+    vision: str = option("", "a published CLIP to start from, with --lm; file or folder")
+    lm: str = option("", "a published LLaMA to start from, with --vision; folder")
     out: str = option("", "run folder to write (default: out/PRESET, with --data out/FOLDER)")
     resume: str = option("", "run folder to go on with, exactly where it stopped; 'auto': the one "
                              "that these flags would write, if it exists")
@@ -95,6 +97,9 @@ class TrainConfig:
         if {stage == "pairs" for stage in self.stages} != {bool(self.data)}:
             raise ValueError(f"--stages {' '.join(self.stages)}: 'pairs' belongs to one's own "
                              f"--data, 'pretrain' and 'instruct' to the drawn world")
+
+        if bool(self.vision) != bool(self.lm) or self.vision and self.init:
+            raise ValueError("--vision and --lm belong together, and not with --init")
 
     @property
     def run_folder(self) -> Path:

@@ -55,21 +55,20 @@ def encode(document: Document, tokenizer: Tokenizer, end: bool = True) -> Encode
 
     </s> is learned if the last thing before it is: the model learns where to stop.
     """
-    out = Encoded([tokenizer.bos_id], [False], [], [])
+    out, before = Encoded([tokenizer.bos_id], [False], [], []), Text("")
     for segment in document:
         if isinstance(segment, Image):
-            ids, learn = [tokenizer.image_id], False
+            ids, learn = tokenizer.image_ids(behind_image=isinstance(before, Image)), False
             out.images.append(segment.reference)
         elif isinstance(segment, Ret):
             ids, learn = [tokenizer.ret_id], segment.learn
             out.rets.append((len(out.ids), segment.reference))
+        elif segment.special:
+            ids, learn = [tokenizer.special_id(segment.string)], segment.learn
         else:
-            ids = (
-                [tokenizer.special_id(segment.string)]
-                if segment.special
-                else tokenizer.encode(segment.string)
-            )
-            learn = segment.learn
+            behind_special = not isinstance(before, Text) or before.special
+            ids, learn = tokenizer.encode(segment.string, behind_special), segment.learn
+        before = segment
         out.ids += ids
         out.learn += [learn] * len(ids)
     if end:
@@ -78,21 +77,24 @@ def encode(document: Document, tokenizer: Tokenizer, end: bool = True) -> Encode
     return out
 
 
-def chat_document(turns: list[tuple[list, str, str | Ret | None]]) -> Document:
-    """Turns of (pictures shown, question, answer) -> a document in the chat template.
+def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "nanovilla"
+                  ) -> Document:
+    """Turns of (pictures shown, question, answer) -> a document in a chat template.
 
     An answer is words, a Ret (the model answers with that picture, which then stands in the text
     and can be asked about), or None: the model is to answer now.
     """
     document: Document = []
     for pictures, question, answer in turns:
-        document += [Image(picture) for picture in pictures]
-        document += [Text(*piece) for piece in question_pieces(question)]
+        shown = iter(pictures)
+        document += [Image(next(shown)) if piece.text == "<image>" and piece.special
+                     else Text(*piece) for piece in
+                     question_pieces(question, chat, len(pictures), first=not document)]
         if isinstance(answer, Ret):
             document += [replace(answer, learn=True), Image(answer.reference)]
             answer = ""
         if answer is not None:
-            document += [Text(*piece) for piece in answer_pieces(answer)]
+            document += [Text(*piece) for piece in answer_pieces(answer, chat)]
     return document
 
 
@@ -140,19 +142,21 @@ class Batch:
                                 if isinstance(value, Tensor)})
 
 
-def visible_interval(rule: str, n_before: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+def visible_interval(rule: str, n_before: np.ndarray, first: int, n_ended: np.ndarray | int = 0
+                     ) -> tuple[np.ndarray, np.ndarray]:
     """Which pictures [start, end) the words of a document see.
 
     n_before (n,): how many of the document's pictures stand before each word or at it, for a word
-    sees a picture from the picture's own <image> on; first: the batch's number of the first one.
+    sees a picture from the picture's own <image> on; first: the batch's number of the first one;
+    n_ended: how many of them stand before the last </s>, behind which they are out of sight.
 
     >>> visible_interval("all", np.array([0, 1, 2]), first=5)
     (array([5, 5, 5]), array([5, 6, 7]))
     >>> visible_interval("latest", np.array([0, 1, 2]), first=5)
     (array([5, 5, 6]), array([5, 6, 7]))
     """
-    start = np.maximum(n_before - 1, 0) if rule == "latest" else np.zeros_like(n_before)
-    return first + start, first + n_before
+    start = n_before - 1 if rule == "latest" else np.zeros_like(n_before)
+    return first + np.maximum(start, n_ended), first + n_before
 
 
 def collate(
@@ -162,6 +166,9 @@ def collate(
     visible_images: str,
     image_size: int,
     tokens_per_image: int,
+    eos_id: int = -1,
+    resize: str = "crop",
+    rgb: str = "white",
 ) -> Batch:
     """Lay the documents of all samples end to end. Nothing is padded.
 
@@ -185,7 +192,10 @@ def collate(
             n, n_before = len(ids), np.cumsum(ids == image_id)
             targets = np.full(n, IGNORE)
             targets[:-1] = np.where(learn[1:], ids[1:], IGNORE)
-            start, end = visible_interval(visible_images, n_before, first=len(shown))
+            ended = np.zeros(n, bool)
+            ended[1:] = ids[:-1] == eos_id
+            n_ended = np.maximum.accumulate(np.where(ended, n_before - (ids == image_id), 0))
+            start, end = visible_interval(visible_images, n_before, len(shown), n_ended)
             columns.append((ids, targets, np.arange(n), np.full(n, offset), start, end))
             shown += map(number, document.images)
             image_index += range(len(document.images))
@@ -199,7 +209,7 @@ def collate(
         np.concatenate, zip(*columns, strict=True))
     n_rets, rets = len(rets), rets or [(0, 0)]
     ret_token, ret_image = zip(*rets, strict=True)
-    pictures = torch.stack([pixels(image, image_size) for image in images])
+    pictures = torch.stack([pixels(image, image_size, resize, rgb) for image in images])
     return Batch(
         tokens=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),
@@ -230,16 +240,18 @@ def prompts(documents: list[Document], tokenizer: Tokenizer, model_config, devic
 
 def collate_options(tokenizer: Tokenizer, model_config) -> dict:
     """What `collate` has to know of a model and its tokenizer."""
+    vision = model_config.vision
     return dict(image_id=tokenizer.image_id, visible_images=model_config.decoder.visible_images,
-                image_size=model_config.vision.image_size,
-                tokens_per_image=model_config.tokens_per_image)
+                tokens_per_image=model_config.tokens_per_image, eos_id=tokenizer.eos_id,
+                image_size=vision.image_size, resize=vision.resize, rgb=vision.rgb)
 
 
-def pixels(reference: object, size: int) -> Tensor:
-    """A picture's reference -> uint8 (3, size, size)."""
+def pixels(reference: object, size: int, resize: str = "crop", rgb: str = "white") -> Tensor:
+    """A picture's reference -> uint8 (3, size, size); an array is one already, by its rows."""
     if isinstance(reference, np.ndarray):
         return torch.tensor(reference).permute(2, 0, 1)
-    return preprocess(reference if hasattr(reference, "mode") else open_image(reference), size)
+    image = reference if hasattr(reference, "mode") else open_image(reference, rgb=False)
+    return preprocess(image, size, resize, rgb)
 
 
 # ------------------------------------------------------------------------------------ sources
@@ -259,9 +271,10 @@ class DrawnWorld:
     turns about one picture, or about two to compare, or about one that was asked for.
     """
 
-    def __init__(self, stage: str, size: int, seed: int, split: str = "train"):
+    def __init__(self, stage: str, size: int, seed: int, split: str = "train",
+                 chat: str = "nanovilla"):
         self.make = {"pretrain": self.pretrain, "instruct": self.instruct}[stage]
-        self.size, self.split = size, split
+        self.size, self.split, self.chat = size, split, chat
         self.seed = seed * 2**40 + (0 if stage == "pretrain" else 2**39)
 
     def __getitem__(self, index: int) -> list[Document]:
@@ -303,8 +316,9 @@ class DrawnWorld:
             pictures, asked = [picture], self.questions(scene, rng, 8)
         turns = [([], q.question, q.answer) for q in asked]
         if 0.25 <= kind < 0.45:  # answered with a picture, which is then talked about
-            return [chat_document([([], world.request(scene, rng), Ret(picture)), *turns])]
-        return conversations(pictures, turns, rng)
+            request = ([], world.request(scene, rng), Ret(picture))
+            return [chat_document([request, *turns], self.chat)]
+        return conversations(pictures, turns, rng, self.chat)
 
 
 def short_captions(scene: world.Scene, rng: random.Random) -> list[str]:
@@ -340,13 +354,14 @@ def count_caption(scene: world.Scene, rng: random.Random) -> str:
     return f"{words[form]}: {sum(getattr(thing, form) == value for thing in scene.things)}."
 
 
-def conversations(pictures: list, turns: list[tuple], rng: random.Random) -> list[Document]:
+def conversations(pictures: list, turns: list[tuple], rng: random.Random, chat: str
+                  ) -> list[Document]:
     """Turns about the same pictures -> conversations of one, two, three or all turns."""
     documents = []
     while turns:
         n = rng.choice((1, 1, 1, 2, 3, len(turns)))
         (_, question, answer), *more = turns[:n]
-        documents.append(chat_document([(pictures, question, answer), *more]))
+        documents.append(chat_document([(pictures, question, answer), *more], chat))
         turns = turns[n:]
     return documents
 
@@ -354,8 +369,8 @@ def conversations(pictures: list, turns: list[tuple], rng: random.Random) -> lis
 class Pairs:
     """A folder of `name.jpg` + `name.txt`, endlessly, each epoch in an order of its own."""
 
-    def __init__(self, pairs: list[tuple], seed: int):
-        self.pairs, self.seed = pairs, seed
+    def __init__(self, pairs: list[tuple], seed: int, chat: str = "nanovilla"):
+        self.pairs, self.seed, self.chat = pairs, seed, chat
 
     def pair(self, index: int) -> tuple:
         epoch, place = divmod(index, len(self.pairs))
@@ -367,8 +382,8 @@ class Pairs:
 
     def __getitem__(self, index: int) -> list[Document]:
         path, caption = self.pair(index)
-        picture = open_image(path)
-        question = chat_document([([picture], "What is in the picture?", caption)])
+        picture = open_image(path, rgb=False)
+        question = chat_document([([picture], "What is in the picture?", caption)], self.chat)
         return [*caption_documents(picture, caption), question]
 
 
@@ -402,7 +417,9 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> list[Encoded] | str:
         try:
-            documents = [encode(d, self.tokenizer) for d in self.source[index]]
+            has_ret = self.tokenizer.ret_id is not None  # a published vocabulary may have none
+            documents = [encode(d, self.tokenizer) for d in self.source[index]
+                         if has_ret or not any(isinstance(s, Ret) for s in d)]
         except PictureError as error:
             return str(error)
         longest = max(len(d.ids) for d in documents)

@@ -21,7 +21,8 @@ import world
 from config import Parser, input_errors, pick_device, run_main
 from data import chat_document, prompts
 from formats import Ret
-from model import VisionLanguageModel, generate
+from generate import generate
+from model import VisionLanguageModel
 from scores import is_right
 from tokenizer import Tokenizer
 from weights import BUILT_IN, load_model
@@ -53,10 +54,9 @@ def answers(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list,
         batch = prompts(documents[first : first + BATCH], tokenizer, model.config,
                         model.embed.device)
         ids: list[list[int]] = [[] for _ in documents[first : first + BATCH]]
-        stop = (tokenizer.end_id, tokenizer.eos_id)
-        for step in generate(model, batch, max_new_tokens=max_new_tokens, stop=stop,
-                             forbidden=(tokenizer.image_id, tokenizer.ret_id)):
-            if step.token not in stop:
+        for step in generate(model, batch, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids,
+                             forbidden=tokenizer.picture_ids):
+            if step.token not in tokenizer.stop_ids:
                 ids[step.document].append(step.token)
         out += [tokenizer.decode(tokens).strip() for tokens in ids]
     return out
@@ -77,8 +77,8 @@ def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: in
                               [picture(q.scenes[0]) for q in questions])
         return [Asked(kind, q.question, "", "", bool(r))
                 for q, r in zip(questions, right, strict=True)][:n]
-    documents = [chat_document([([picture(s) for s in q.scenes], q.question, None)])
-                 for q in questions]
+    documents = [chat_document([([picture(s) for s in q.scenes], q.question, None)],
+                               tokenizer.chat) for q in questions]
     asked = []
     for q, answer in zip(questions, answers(model, tokenizer, documents), strict=True):
         right = (world.facts(answer) == world.facts(q.answer) if kind == "caption"
@@ -112,6 +112,8 @@ def find_pictures(model: VisionLanguageModel, tokenizer: Tokenizer, requests: li
 def drawn_exam(model, tokenizer, n: int, *, kinds=world.KINDS_OF_QUESTION, seed: int = 0,
                baseline: bool = True, new: bool = True) -> dict[str, dict[str, float]]:
     """Accuracy by kind: {"test": {...}, "blank": {...}, "new": {...}}, each 0..1."""
+    kinds = [kind for kind in kinds if kind != "ret" or model.config.contrastive_dim]
+
     def accuracy(**how):
         progress = tqdm(kinds, "exam", disable=None, leave=False)
         return {kind: sum(a.right for a in ask_drawn(model, tokenizer, kind, n, seed=seed, **how))

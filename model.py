@@ -5,7 +5,8 @@ Read after vision.py. From bottom to top:
     RMSNorm, SelfAttention, SwiGLU, Block       LLaMA (Touvron et al. 2023)
     CrossAttention, GatedCrossAttentionBlock    Flamingo (Alayrac et al. 2022, section 3.1.2)
     VisionLanguageModel                         all of it, and the two losses' ingredients
-    KVCache, generate()                         writing, word by word
+
+Writing, word by word, is generate.py.
 
     pictures --ViT--> [resampler] --> tokens --------------+-----------------+
                                                            | keys, values    |
@@ -24,7 +25,7 @@ Dimensions, here and everywhere:
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -37,7 +38,6 @@ from torch import Tensor
 from kernels import (
     AttentionHints,
     apply_rope,
-    attention_hints,
     interval_attention,
     linear_cross_entropy,
     rms_norm,
@@ -49,10 +49,14 @@ from vision import LayerNorm, PerceiverResampler, ResamplerConfig, VisionConfig,
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A LLaMA decoder and its gated blocks; the defaults are LLaMA-2-7B as villa-7b uses it."""
+    """A LLaMA decoder and its gated blocks; the defaults are LLaMA-2-7B as villa-7b uses it.
 
-    vocab_size: int = 32000  # pieces of the published table
-    n_special: int = 3  # <image>, <ret>, <end_of_utterance>: rows of our own, behind the table
+    IDEFICS (HuggingFaceM4/idefics-9b) is the same with other choices: blocks in front of the first
+    of every four layers, with a feed-forward that never pauses and norms on queries and keys.
+    """
+
+    vocab_size: int = 32000  # rows of the published table
+    n_special: int = 3  # rows behind it, by default <image>, <ret>, <end_of_utterance>
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
@@ -62,8 +66,12 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_seq_len: int = 4096
-    cross_attn_every: int = 4  # a gated block in front of the last of every so many layers
-    cross_attn_mlp: bool = False  # a feed-forward in the gated blocks, too
+    cross_attn_every: int = 4  # a gated block for every so many layers,
+    cross_attn_before: str = "last"  # in front of the "first" or the "last" of them
+    cross_attn_norm: bool = False  # an RMSNorm on each head of its queries and keys
+    cross_attn_mlp: bool = False  # a feed-forward in it, too,
+    mlp_always: bool = False  # which words that see no picture pass as well
+    wide_gates: bool = False  # a gate for each channel, not one for all
     visible_images: str = "latest"  # which pictures a word sees: the "latest", or "all" so far
     max_images: int = 0  # "all": how many pictures of one document can be told apart
 
@@ -73,6 +81,9 @@ class DecoderConfig:
         if self.cross_attn_every < 1 or self.n_layers % self.cross_attn_every:
             raise ValueError(f"cross_attn_every {self.cross_attn_every} must divide n_layers "
                              f"{self.n_layers}")
+        if self.cross_attn_before not in ("first", "last"):
+            raise ValueError(f"cross_attn_before {self.cross_attn_before!r}: choose 'first' or "
+                             f"'last'")
         if self.visible_images not in ("latest", "all"):
             raise ValueError(f"visible_images {self.visible_images!r}: choose 'latest' or 'all'")
         if (self.visible_images == "all") != (self.max_images > 0):
@@ -85,10 +96,15 @@ class ModelConfig:
     decoder: DecoderConfig
     resampler: ResamplerConfig | None = None
     contrastive_dim: int = 0  # width of the space of <ret> and pictures; 0: no contrastive head
+    image_norm: bool = True  # without a resampler: a LayerNorm on what words look at
+    # For the tokenizer, which explains them: names of the ids behind its last piece, chat template.
+    special_tokens: tuple[str, ...] = ("<image>", "<ret>", "<end_of_utterance>")
+    chat: str = "nanovilla"
+    blank_behind_special: bool = True
 
     @property
     def tokens_per_image(self) -> int:
-        return self.resampler.n_latents if self.resampler else self.vision.n_patches
+        return self.resampler.n_latents if self.resampler else self.vision.n_tokens
 
 
 class Span(NamedTuple):
@@ -196,14 +212,16 @@ class CrossAttention(nn.Module):
         self.k_proj = linear(image_dim, c.n_heads * c.head_dim)
         self.v_proj = linear(image_dim, c.n_heads * c.head_dim)
         self.o_proj = linear(c.n_heads * c.head_dim, c.dim)
+        norm = partial(RMSNorm, c.head_dim, c.norm_eps) if c.cross_attn_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def keys_values(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """pictures (I * P, Cv) -> k, v (I * P, H, D): while writing, computed once a picture."""
         k, v = self.k_proj(pictures), self.v_proj(pictures)
-        return heads(k, self.head_dim), heads(v, self.head_dim)
+        return self.k_norm(heads(k, self.head_dim)), heads(v, self.head_dim)
 
     def forward(self, x: Tensor, pictures: Tensor, span: Span, cached: tuple | None) -> Tensor:
-        q = heads(self.q_proj(x), self.head_dim)  # (T, H, D)
+        q = self.q_norm(heads(self.q_proj(x), self.head_dim))  # (T, H, D)
         k, v = cached or self.keys_values(pictures)
         o = interval_attention(q, k, v, span.start, span.end, hints=span.hints)
         return self.o_proj(o.flatten(1))
@@ -213,26 +231,29 @@ class GatedCrossAttentionBlock(nn.Module):
     """x + tanh(attn_gate) * attention, then, if asked for, the same with a feed-forward.
 
     Attention over no picture is exactly 0 and o_proj has no bias, so a token that sees no picture
-    leaves as it came; the feed-forward is switched off for such tokens by `sees`.
+    leaves as it came; the feed-forward is switched off for such tokens by `sees`. (With mlp_always
+    it is not: IDEFICS was trained so, and reads a text without pictures unlike LLaMA.)
     """
 
     def __init__(self, c: DecoderConfig, image_dim: int):
         super().__init__()
+        gate = torch.zeros(c.dim if c.wide_gates else 1)
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = CrossAttention(c, image_dim)
-        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.attn_gate = nn.Parameter(gate)
         if c.cross_attn_mlp:
             self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
             self.mlp = SwiGLU(c)
-            self.mlp_gate = nn.Parameter(torch.zeros(1))
-        self.has_mlp = c.cross_attn_mlp
+            self.mlp_gate = nn.Parameter(gate.clone())
+        self.has_mlp, self.mlp_always = c.cross_attn_mlp, c.mlp_always
 
     def forward(self, x: Tensor, pictures: Tensor, span: Span, sees: Tensor,
                 cached: tuple | None = None) -> Tensor:
         """x (T, C), pictures (I * P, Cv), sees (T, 1) in x's dtype: 1 where a picture is seen."""
         x = x + self.attn_gate.tanh() * self.attn(self.attn_norm(x), pictures, span, cached)
         if self.has_mlp:
-            x = x + self.mlp_gate.tanh() * sees * self.mlp(self.mlp_norm(x))
+            gate = self.mlp_gate.tanh() if self.mlp_always else self.mlp_gate.tanh() * sees
+            x = x + gate * self.mlp(self.mlp_norm(x))
         return x
 
 
@@ -264,13 +285,14 @@ class VisionLanguageModel(nn.Module):
         self.vision = VisionTransformer(config.vision)
         if config.resampler:
             self.resampler = PerceiverResampler(config.resampler, image_dim)
-        else:
+        elif config.image_norm:
             self.image_norm = LayerNorm(image_dim, config.vision.norm_eps)
         if c.visible_images == "all":  # else two pictures of a document could not be told apart
             self.image_index_embed = nn.Parameter(torch.zeros(c.max_images, image_dim))
         self.embed = table(c.vocab_size, c.dim)
         self.special_embed = table(c.n_special, c.dim)
-        layers = range(c.cross_attn_every - 1, c.n_layers, c.cross_attn_every)
+        first = c.cross_attn_every - 1 if c.cross_attn_before == "last" else 0
+        layers = range(first, c.n_layers, c.cross_attn_every)
         self.cross_blocks = nn.ModuleDict(
             {str(i): GatedCrossAttentionBlock(c, image_dim) for i in layers})
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
@@ -278,7 +300,7 @@ class VisionLanguageModel(nn.Module):
         self.head = table(c.vocab_size, c.dim)
         self.special_head = table(c.n_special, c.dim)
         if config.contrastive_dim:
-            pooled_dim = image_dim if config.resampler else config.vision.embed_dim
+            pooled_dim = image_dim if config.resampler else config.vision.pooled_dim
             self.contrastive = ContrastiveHead(c.dim, pooled_dim, config.contrastive_dim)
 
     def forward(self, batch: Batch) -> Output:
@@ -306,7 +328,7 @@ class VisionLanguageModel(nn.Module):
         if self.config.resampler:
             pictures = self.resampler(pictures, n_images)
             pooled = pictures.view(n_images, -1, pictures.shape[-1]).mean(1)
-        else:
+        elif self.config.image_norm:
             pictures = self.image_norm(pictures)
         pictures = pictures.view(n_images, -1, pictures.shape[-1])  # (U, P, Cv)
         pictures = pictures.index_select(0, batch.shown)  # (I, P, Cv)
@@ -315,11 +337,12 @@ class VisionLanguageModel(nn.Module):
         return pictures.flatten(0, 1), pooled
 
     def decode(self, tokens: Tensor, positions: Tensor, text: Span, seen: Span,
-               pictures: Tensor | None, cache: "KVCache | None" = None) -> Tensor:
+               pictures: Tensor | None, cache=None) -> Tensor:
         """tokens (T,) -> hidden states (T, C) after the last norm.
 
         `text` are the intervals over the tokens (with a cache: over its slots), `seen` those over
-        the picture tokens. With a cache that already holds the pictures, `pictures` may be None.
+        the picture tokens. `cache` is a generate.KVCache; if it already holds the pictures,
+        `pictures` may be None.
         """
         c = self.config.decoder
         rope = rope_table(positions, c.head_dim, c.rope_theta)
@@ -360,121 +383,3 @@ def table(n_rows: int, dim: int) -> nn.Parameter:
 
 def heads(x: Tensor, head_dim: int) -> Tensor:
     return x.view(x.shape[0], -1, head_dim)  # (T, H * D) -> (T, H, D)
-
-
-# ----------------------------------------------------------------------------------------- writing
-
-
-class KVCache:
-    """What the decoder keeps while it writes: its own keys and values, and the pictures' ones.
-
-    Each of the n_slots documents has max_len rows of its own, slots laid end to end.
-    """
-
-    def __init__(self, model: VisionLanguageModel, n_slots: int, max_len: int):
-        c, weight = model.config.decoder, model.embed
-        shape = (2, c.n_layers, n_slots * max_len, c.n_kv_heads, c.head_dim)
-        self.k, self.v = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        self.max_len = max_len
-        self.rows: Tensor | None = None  # where the next tokens are written
-        self.picture_kv: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (T, Hkv, D) to the rows; returns all (S, Hkv, D), written so far or not."""
-        self.k[layer].index_copy_(0, self.rows, k)
-        self.v[layer].index_copy_(0, self.rows, v)
-        return self.k[layer], self.v[layer]
-
-    def pictures(self, layer: int, block: GatedCrossAttentionBlock, pictures: Tensor | None):
-        if layer not in self.picture_kv:
-            self.picture_kv[layer] = block.attn.keys_values(pictures)
-        return self.picture_kv[layer]
-
-    def span(self, slots: list[int], positions: list[int]) -> Span:
-        """Prepare to write at these places; every token sees its own slot up to itself."""
-        start = torch.tensor(slots) * self.max_len
-        rows = start + torch.tensor(positions)
-        self.rows = rows.to(self.k.device)
-        return span_of(start, rows + 1, self.k.device)
-
-
-class Step(NamedTuple):
-    """One written token: of which document, which token, its log-probability, its hidden state."""
-
-    document: int
-    token: int
-    logprob: float
-    hidden: Tensor  # (C,), the state that chose the token
-
-
-@torch.inference_mode()
-def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int = 128,
-             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-             stop: tuple[int, ...] = (), forbidden: tuple[int, ...] = ()) -> Iterator[Step]:
-    """Continue every document of a batch, yielding each token as it is made.
-
-    temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing. A document ends with
-    a token of `stop` (which is yielded), after max_new_tokens, or at the model's max_seq_len.
-    `forbidden` tokens are never written. Prompts of any lengths run together without padding, and
-    a document's words do not depend on its neighbours unless they are sampled (temperature > 0).
-    """
-    device = model.embed.device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    first = batch.text_start.cpu()
-    last = torch.cat([(first[1:] != first[:-1]).nonzero()[:, 0], torch.tensor([len(first) - 1])])
-    slot = torch.unique_consecutive(first, return_inverse=True)[1].tolist()
-    positions = batch.positions.tolist()
-    lengths = [positions[row] + 1 for row in last.tolist()]
-    length, most = max(lengths), model.config.decoder.max_seq_len
-    if length >= most:
-        raise ValueError(f"the prompt has {length} tokens, the model reads {most}: shorten it")
-    longest = min(length + max_new_tokens, most)
-    cache = KVCache(model, len(last), longest)
-    pictures, _ = model.encode_images(batch)
-    seen = model.image_span(batch)
-    hidden = model.decode(batch.tokens, batch.positions, cache.span(slot, positions), seen,
-                          pictures, cache)[last.to(device)]  # (B, C)
-    sees = [(int(seen.start[row]), int(seen.end[row])) for row in last.tolist()]
-    live = list(range(len(last)))
-    for _ in range(max_new_tokens):
-        logits = model.logits(hidden)  # (B, V)
-        logits[:, list(forbidden)] = float("-inf")
-        tokens = choose(logits, temperature, top_k, top_p, generator)
-        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-        going = []
-        for row, (document, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
-            yield Step(document, token, logprobs[row], hidden[row])
-            if token not in stop and lengths[document] + 1 < longest:
-                going.append(row)
-        live = [live[row] for row in going]
-        if not live:
-            return
-        places = [lengths[document] for document in live]
-        for document in live:
-            lengths[document] += 1
-        start, end = torch.tensor([sees[document] for document in live]).T
-        hidden = model.decode(tokens[going], torch.tensor(places, device=device),
-                              cache.span(live, places), span_of(start, end, device), None, cache)
-
-
-def span_of(start: Tensor, end: Tensor, device: torch.device) -> Span:
-    """Intervals known on the CPU -> the same on the device, with their hints."""
-    hints = attention_hints(start.numpy(), end.numpy())
-    return Span(start.int().to(device), end.int().to(device), hints.to(device))
-
-
-def choose(logits: Tensor, temperature: float, top_k: int, top_p: float,
-           generator: torch.Generator) -> Tensor:
-    """logits (B, V) -> tokens (B,): the likeliest, or a draw from the cut-off distribution."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow when it is tiny
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p < 1:  # keep the smallest set of tokens whose probabilities reach top_p
-        ordered, index = logits.sort(descending=True)
-        probability = ordered.softmax(-1)
-        drop = probability.cumsum(-1) - probability >= top_p
-        logits = logits.masked_fill(drop.scatter(1, index, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -63,14 +63,39 @@ def stop_group() -> None:
         dist.destroy_process_group()
 
 
-def shard(model: VisionLanguageModel, dtype: torch.dtype) -> None:
-    """FSDP2 in place: one group per block, the rest in the root; fp32 masters and reductions."""
+def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device | None = None
+          ) -> None:
+    """FSDP2 in place: one group per block, the rest in the root; fp32 masters and reductions.
+
+    Every rank copies its own rows to `device` (by default where the model is), and touches no
+    others: of weights that are mapped from files it reads only these.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    whole = {name: p.detach() for name, p in model.named_parameters()}
+    device = device or model.embed.device
+    model.to("meta", torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in (*model.vision.blocks, *model.cross_blocks.values(), *model.blocks):
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            own = parameter.to_local()
+            rows = whole[name].chunk(dist.get_world_size())  # as FSDP2 cuts: into equal parts,
+            if own.numel():  # the last ones shorter, or nothing
+                own.copy_(rows[dist.get_rank()])
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter as on one rank; every rank must ask for it."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter whole, gathered from all ranks if it is sharded."""
+    return {name: whole(p) for name, p in model.state_dict().items()}
 
 
 def all_sum(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import time
 
 from config import Parser, UserError, input_errors, pick_device, run_main
 from data import chat_document, prompts
-from model import generate
+from generate import generate
 from tokenizer import StreamDecoder
 from vision import open_image
 from weights import BUILT_IN, load_model
@@ -53,7 +53,7 @@ def arguments():
 def main() -> None:
     args = arguments()
     with input_errors():
-        pictures = [open_image(path) for path in args.image]
+        pictures = [open_image(path, rgb=False) for path in args.image]
     device = pick_device(args.device)
     with input_errors():
         model, tokenizer = load_model(args.model or BUILT_IN, device)
@@ -62,21 +62,20 @@ def main() -> None:
         raise UserError(f"{len(pictures)} pictures, but this model tells at most {most} apart")
     # A terminal's bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes.
     prompt = (args.prompt or "What is in the picture?").encode("utf-8", "replace").decode("utf-8")
-    document = chat_document([(pictures, prompt, None)])
+    document = chat_document([(pictures, prompt, None)], tokenizer.chat)
     batch = prompts([document], tokenizer, model.config, model.embed.device)
     began, stream, words, ids = time.perf_counter(), StreamDecoder(tokenizer), "", []
     with input_errors():
         for step in generate(
             model, batch, max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-            stop=(tokenizer.end_id, tokenizer.eos_id),
-            forbidden=(tokenizer.image_id, tokenizer.ret_id),
+            stop=tokenizer.stop_ids, forbidden=tokenizer.picture_ids,
         ):
             if not ids and not args.model:
                 sys.stderr.write("This small built-in model knows drawn scenes only; "
                                  "for photographs give --model FOLDER.\n")
             ids.append(step.token)
-            if step.token in (tokenizer.end_id, tokenizer.eos_id):
+            if step.token in tokenizer.stop_ids:
                 break
             new = stream.push(step.token)
             words += new

@@ -46,16 +46,18 @@ from model import ModelConfig, VisionLanguageModel
 from parallel import (
     Ranks,
     all_sum,
+    full_state,
     losses,
     shard,
     start_group,
     stop_group,
     this_rank,
     train_step,
+    whole,
 )
 from plan import peak_flops, step_flops
 from tokenizer import Tokenizer, train_tokenizer
-from weights import BUILT_IN, load_model, read_config, save_model
+from weights import BUILT_IN, assemble, load_model, read_config, read_tokenizer, save_model
 
 VAL_SAMPLES = 128  # samples of the validation losses
 TARGET = 0.85  # accuracy whose time is announced
@@ -99,9 +101,10 @@ def main() -> None:
         model, tokenizer = initial or new_model(config, out, ranks, pairs)
         if ranks.is_first:
             write_choices(config, out, model, tokenizer)
-    model = model.to(device).train()
     if sharded:
-        shard(model, dtype)
+        shard(model.train(), dtype, device)
+    else:
+        model.to(device, torch.float32).train()
     run = Run(config, out, ranks, device, dtype, pairs, model, tokenizer,
               peak_flops(device, dtype) * ranks.size, stopping,
               state.get("seconds", 0.0), state.get("reached"))
@@ -167,10 +170,12 @@ def train_stage(run: Run, number: int, checkpoint: Path | None, state: dict) -> 
     return True
 
 
-def source(config: TrainConfig, pairs: list, stage: str, image_size: int, split: str = "train"
+def source(config: TrainConfig, pairs: list, stage: str, model: ModelConfig, split: str = "train"
            ) -> DrawnWorld | Pairs:
     """Where a stage's samples come from: the user's own pictures, if given, or the drawn world."""
-    return Pairs(pairs, config.seed) if pairs else DrawnWorld(stage, image_size, config.seed, split)
+    if pairs:
+        return Pairs(pairs, config.seed, model.chat)
+    return DrawnWorld(stage, model.vision.image_size, config.seed, split, model.chat)
 
 
 def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Iterator[Batch]:
@@ -179,7 +184,7 @@ def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Ite
     numbers = sample_numbers(first_step * c.batch_size, n_steps - first_step,
                              batch_size=c.batch_size, accum=c.grad_accum_steps,
                              rank=run.ranks.rank, world_size=run.ranks.size)
-    samples = source(c, run.pairs, stage, run.model.config.vision.image_size)
+    samples = source(c, run.pairs, stage, run.model.config)
     known, n_used, n_dropped = set(), 0, 0
     for batch in loader(samples, run.tokenizer, run.model.config, numbers, c.workers):
         for reason in sorted(set(batch.dropped) - known):
@@ -195,7 +200,7 @@ def validation_batches(run: Run, stage: str) -> list[Batch]:
     """This rank's share of a fixed set of samples: unseen scenes, or the pairs themselves."""
     n_samples = min(VAL_SAMPLES, len(run.pairs) or VAL_SAMPLES)
     numbers = [list(range(run.ranks.rank, n_samples, run.ranks.size))]
-    samples = source(run.config, run.pairs, stage, run.model.config.vision.image_size, "test")
+    samples = source(run.config, run.pairs, stage, run.model.config, "test")
     batches = loader(samples, run.tokenizer, run.model.config, iter(numbers), workers=0)
     return [batch.to(run.device) for batch in batches]
 
@@ -293,9 +298,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def initial_model(config: TrainConfig) -> tuple[VisionLanguageModel, Tokenizer] | None:
-    """What --init names, by default the built-in model for a user's own pictures; None: nothing."""
+    """What --init, or --vision and --lm name; by default the built-in model for a user's own
+    pictures; None: nothing.
+    """
     init = config.init or (BUILT_IN if config.data else "none")
     with input_errors():
+        if config.vision:
+            torch.manual_seed(config.seed)
+            return assemble(config.vision, config.lm, like=PRESETS[config.preset]["model"])
         return None if init == "none" else load_model(init)
 
 
@@ -349,8 +359,8 @@ def stopped_at(config: TrainConfig, pairs: list) -> tuple[Path | None, dict]:
 def empty_model(out: Path) -> tuple[VisionLanguageModel, Tokenizer]:
     """The run folder's model without its weights, which the checkpoint holds, and its tokenizer."""
     with input_errors():
-        return VisionLanguageModel(read_config(out / "model.json")), Tokenizer(
-            out / "tokenizer.model")
+        config = read_config(out / "model.json")
+        return VisionLanguageModel(config), read_tokenizer(out / "tokenizer.model", config)
 
 
 def forget_later_lines(log: Path, size: int) -> None:
@@ -391,10 +401,9 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, pairs: list
     The tokenizer is trained once, from the run's own words.
     """
     preset: ModelConfig = PRESETS[config.preset]["model"]
-    size = preset.vision.image_size
     with input_errors():
-        examples = example_pictures(source(config, pairs, config.stages[0], size), size,
-                                    n=min(256, len(pairs) or 256))
+        examples = example_pictures(source(config, pairs, config.stages[0], preset),
+                                    preset.vision.image_size, n=min(256, len(pairs) or 256))
     path = out / "tokenizer.model"
     if ranks.is_first and not path.is_file():
         texts = [caption for _, caption in pairs] or world.corpus(2000, config.seed)
@@ -461,19 +470,10 @@ def learning_rate(step: int, n_steps: int, peak: float, floor: float, warmup: in
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter whole, gathered from all ranks if it is sharded."""
-    return {name: whole(p) for name, p in model.state_dict().items()}
-
-
 def gates(model: VisionLanguageModel) -> dict[str, float]:
     """tanh of every gate: how far each gated block has opened."""
     return {name: float(whole(p).detach().tanh())
             for name, p in model.named_parameters() if name.endswith("_gate")}
-
-
-def whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 if __name__ == "__main__":

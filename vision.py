@@ -20,6 +20,7 @@ belongs to the pooled feature alone (as Flamingo and LLaVA use them).
 import io
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,11 @@ class VisionConfig:
     hidden_dim: int = 4096
     norm_eps: float = 1e-5
     activation: str = "quick_gelu"  # or "gelu": which one, the weights decide
-    embed_dim: int = 768  # width of the pooled, projected feature
+    embed_dim: int | None = 768  # width of the pooled, projected feature; None: not projected
     pool: str = "class"  # what is pooled: the class token as CLIP does, or the patches' "mean"
+    keep_class: bool = False  # words look at the class token, too
+    resize: str = "crop"  # shorter side to size, then the middle; or "squash" to a square
+    rgb: str = "white"  # transparent parts turn white; or "late": as CLIP, converted when resized
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
@@ -59,19 +63,35 @@ class VisionConfig:
             raise ValueError(
                 f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
             )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r}: choose one of {list(ACTIVATIONS)}")
+        if self.activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"activation {self.activation!r}: choose 'quick_gelu', 'gelu'")
         if self.pool not in ("class", "mean"):
             raise ValueError(f"pool {self.pool!r}: choose 'class' or 'mean'")
+        if self.resize not in ("crop", "squash"):
+            raise ValueError(f"resize {self.resize!r}: choose 'crop' or 'squash'")
+        if self.rgb not in ("white", "late"):
+            raise ValueError(f"rgb {self.rgb!r}: choose 'white' or 'late'")
 
     @property
     def n_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a picture that words, or a resampler, look at."""
+        return self.n_patches + self.keep_class
+
+    @property
+    def pooled_dim(self) -> int:
+        return self.embed_dim or self.dim
+
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """A Perceiver resampler; n_latents tokens come out, whatever number of patches goes in."""
+    """A Perceiver resampler; n_latents tokens come out, whatever number of patches goes in.
+
+    IDEFICS has norms on the heads of its queries and keys, "relu", and no bias.
+    """
 
     n_latents: int = 64
     n_layers: int = 6
@@ -79,6 +99,13 @@ class ResamplerConfig:
     head_dim: int = 64
     hidden_dim: int = 4096
     norm_eps: float = 1e-5
+    qk_norm: bool = False
+    activation: str = "gelu"
+    mlp_bias: bool = True
+
+    def __post_init__(self):
+        if self.activation not in ("gelu", "relu"):
+            raise ValueError(f"activation {self.activation!r}: choose 'gelu', 'relu'")
 
 
 # ------------------------------------------------------------------------------------- pictures
@@ -88,8 +115,10 @@ class PictureError(ValueError):
     """A picture that cannot be read; its one line says which and why."""
 
 
-def open_image(source: str | Path | bytes) -> Image.Image:
+def open_image(source: str | Path | bytes, rgb: bool = True) -> Image.Image:
     """Read a picture from a path or from bytes: upright, RGB, transparency on white.
+
+    rgb=False leaves it in the mode of its file, for `preprocess` to convert by a model's own rule.
 
     Raises PictureError with one line that says what is wrong: missing, not a picture, cut off, or
     too large (Pillow's limit against decompression bombs stays in force).
@@ -101,7 +130,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
                 raise PictureError(f"{name}: {image.width} x {image.height} pixels are too long "
                                    f"and thin a picture; crop it")
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            image = ImageOps.exif_transpose(image)
+            return to_rgb(image) if rgb else image
     except PictureError:
         raise
     except FileNotFoundError:
@@ -129,19 +159,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def preprocess(image: Image.Image, size: int) -> Tensor:
-    """RGB picture -> uint8 (3, size, size): shorter side bicubic to `size`, centre crop.
+def preprocess(image: Image.Image, size: int, resize: str = "crop", rgb: str = "white") -> Tensor:
+    """A picture -> uint8 (3, size, size), resized bicubically; resize, rgb as in VisionConfig.
 
     The integer rules are CLIP's own: the longer side is truncated, the crop's offset rounded half
-    to even. https://github.com/openai/CLIP, clip.py
+    to even. https://github.com/openai/CLIP, clip.py. CLIP converts to RGB after resizing, which
+    differs for palettes (Pillow never mixes their colours) and drops transparency.
     """
+    if rgb == "white" or image.mode.startswith("I"):
+        image = to_rgb(image)
     width, height = image.size
-    if (width, height) != (size, size):
+    if resize == "squash":
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    elif (width, height) != (size, size):
         short = min(width, height)
         width, height = int(size * width / short), int(size * height / short)
         left, top = round((width - size) / 2), round((height - size) / 2)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + size, top + size))
+    image = image.convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, h, w)
 
 
@@ -152,7 +188,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}
 
 
 class LayerNorm(nn.Module):
@@ -234,10 +270,10 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
 
 
 class VisionMLP(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int, activation: str):
+    def __init__(self, dim: int, hidden_dim: int, activation: str, bias: bool = True):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -270,10 +306,11 @@ class VisionTransformer(nn.Module):
         self.pre_norm = LayerNorm(config.dim, config.norm_eps)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers))
         self.post_norm = LayerNorm(config.dim, config.norm_eps)
-        self.proj = nn.Linear(config.dim, config.embed_dim, bias=False)
+        self.proj = (nn.Linear(config.dim, config.embed_dim, bias=False) if config.embed_dim
+                     else nn.Identity())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images uint8 (I, 3, h, w) -> patch tokens (I * P, C) and pooled features (I, E)."""
+        """images uint8 (I, 3, h, w) -> tokens (I * P, C) and pooled features (I, E)."""
         c, I = self.config, images.shape[0]
         x = self.patch_embed(self.normalise(images))  # (I, P, C)
         x = torch.cat([self.class_embed.expand(I, 1, -1), x], dim=1) + self.pos_embed
@@ -282,7 +319,8 @@ class VisionTransformer(nn.Module):
             x = block(x, I)
         x = x.view(I, -1, c.dim)
         pooled = x[:, 0] if c.pool == "class" else x[:, 1:].mean(1)  # (I, C)
-        return x[:, 1:].reshape(-1, c.dim), self.proj(self.post_norm(pooled))
+        tokens = x if c.keep_class else x[:, 1:]
+        return tokens.reshape(-1, c.dim), self.proj(self.post_norm(pooled))
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (I, 3, h, w) -> (x / 255 - mean) / std, on the pictures' own device."""
@@ -320,16 +358,19 @@ class ResamplerBlock(nn.Module):
         self.k_proj = nn.Linear(dim, inner, bias=False)
         self.v_proj = nn.Linear(dim, inner, bias=False)
         self.o_proj = nn.Linear(inner, dim, bias=False)
+        norm = (partial(LayerNorm, config.head_dim, config.norm_eps) if config.qk_norm
+                else nn.Identity)
+        self.q_norm, self.k_norm = norm(), norm()
         self.mlp_norm = LayerNorm(dim, config.norm_eps)
-        self.mlp = VisionMLP(dim, config.hidden_dim, "gelu")
+        self.mlp = VisionMLP(dim, config.hidden_dim, config.activation, config.mlp_bias)
 
     def forward(self, latents: Tensor, context: Tensor) -> Tensor:
         """latents (I, L, C), context (I, P, C) -> latents (I, L, C)."""
         I, L, _ = latents.shape
         normed = self.latents_norm(latents)
         keys = torch.cat([self.context_norm(context), normed], dim=1).flatten(0, 1)  # (I*(P+L), C)
-        q = self.q_proj(normed.flatten(0, 1)).view(I * L, self.n_heads, -1)
-        k = self.k_proj(keys).view(len(keys), self.n_heads, -1)
+        q = self.q_norm(self.q_proj(normed.flatten(0, 1)).view(I * L, self.n_heads, -1))
+        k = self.k_norm(self.k_proj(keys).view(len(keys), self.n_heads, -1))
         v = self.v_proj(keys).view(len(keys), self.n_heads, -1)
         o = attend_within(q, k, v, I)  # (I * L, H, D)
         attended = self.o_proj(o.flatten(1)).view_as(latents)

@@ -1,68 +1,308 @@
-"""Model folders: what train.py writes, and sample.py, eval.py and --init read.
+"""Published checkpoints and our own model folders: any of them -> our names, strict both ways.
+
+    python weights.py inspect Llama-2-7b-hf                  # what it is, what is in it
+    python weights.py convert ViT-L-14.pt Llama-2-7b villa   # CLIP + LLaMA -> a new model folder
+    python weights.py convert idefics-9b-instruct mine       # a whole model, under our names
+
+A folder of ours holds
 
     config.json          the ModelConfig
-    model.safetensors    every parameter under our own names
+    model.safetensors    every parameter under our own names; large models in shards with an index
     tokenizer.model      SentencePiece
 
-Loading is strict both ways: a tensor that is missing, left over or of another shape is an error
-that names it, never a partly loaded model.
+and what others publish is recognised by the names of its tensors (published.py). A tensor that is
+missing, left over or of another shape is an error that names it, never a partly loaded model.
+Nothing is copied that need not be: a tensor stays a view of its file, in the file's dtype.
 """
 
 import dataclasses
 import json
+import re
 import types
 import typing
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.nn as nn
+from safetensors.torch import save_file
 from torch import Tensor
 
-from model import ModelConfig, VisionLanguageModel
+from config import Parser, UserError, input_errors, run_main
+from containers import read_tensors, weight_file
+from model import (
+    ContrastiveHead,
+    GatedCrossAttentionBlock,
+    ModelConfig,
+    VisionLanguageModel,
+)
+from published import (
+    HF_LLAMA,
+    find_family,
+    plain_names,
+    published_config,
+    read_json,
+    rename,
+)
 from tokenizer import Tokenizer
+from vision import LayerNorm, PerceiverResampler
 
 FILES = ("config.json", "model.safetensors", "tokenizer.model")
+INDEX = "model.safetensors.index.json"
+ADVICE = "give a folder that train.py wrote, such as out/tiny/model, or a published model's"
 BUILT_IN = Path(__file__).parent / "assets" / "tiny"  # the small model that ships with the code
 
+# -------------------------------------------------------------------------------- one checkpoint
 
-def save_model(folder: str | Path, config: ModelConfig, state: dict[str, Tensor],
-               tokenizer: Tokenizer) -> None:
-    """Write a model folder. `state` holds full (not sharded) tensors, as state_dict() gives."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
-              folder / "model.safetensors")
-    tokenizer.save(folder / "tokenizer.model")
+
+@dataclass
+class Checkpoint:
+    """A published checkpoint, or a folder of ours, by our names."""
+
+    path: Path
+    file: Path  # of its weights, the first one
+    title: str
+    config: ModelConfig  # parts that the checkpoint does not have hold defaults
+    parts: tuple[str, ...] | None  # first words of the names it has; None: a whole model
+    state: dict[str, Tensor]
+    tokenizer_file: Path | None = None
+    ignored: list[str] = dataclasses.field(default_factory=list)
+    unknown: list[str] = dataclasses.field(default_factory=list)
+
+    def has(self, part: str) -> bool:
+        return self.parts is None or part in self.parts
+
+    def wanted(self) -> dict[str, Tensor]:
+        """The names and shapes that its config asks for, without memory."""
+        with torch.device("meta"):
+            whole = VisionLanguageModel(self.config).state_dict()
+        return {name: t for name, t in whole.items() if self.has(name.split(".")[0])}
+
+    def check(self) -> "Checkpoint":
+        """Itself, if it is exactly what its config says. ValueError names what is not."""
+        if self.unknown:
+            raise ValueError(f"{self.file}: tensor {self.unknown[0]} is not part of {self.title}, "
+                             f"as known here ({len(self.unknown)} such)")
+        check_state(self.file, self.wanted(), self.state)
+        return self
+
+    def tokenizer(self) -> Tokenizer:
+        if self.tokenizer_file is None:
+            raise ValueError(f"{self.path}: tokenizer.model is missing; put the model's "
+                             f"SentencePiece file beside its weights")
+        return read_tokenizer(self.tokenizer_file, self.config)
+
+
+def read_checkpoint(path: str | Path, settings: dict[str, object] | None = None) -> Checkpoint:
+    """Whatever is at `path`, not yet checked. `settings`: {"vision.activation": "gelu", ...}.
+
+    Raises ValueError when it is none of the families above, or its config is out of reach.
+    """
+    path, settings = Path(path), settings or {}
+    if is_ours(path):
+        state = read_ours(path)
+        config = override(read_config(path / "config.json"), settings)
+        return Checkpoint(path, ours_file(path), "nanovilla", config, None, state,
+                          path / "tokenizer.model")
+    file = weight_file(path)
+    tensors = plain_names(read_tensors(file))
+    family = find_family(file, tensors)
+    beside = next((folder / "tokenizer.model" for folder in (file.parent, file.parent.parent)
+                   if (folder / "tokenizer.model").is_file()), None)
+    n_pieces = Tokenizer(beside).vocab_size if beside else None
+    config = override(published_config(family, file, tensors, n_pieces,
+                                       settings.get("vision.activation", "")), settings)
+    state, ignored, unknown = rename(tensors, family, config.decoder)
+    if family.table is HF_LLAMA and "head" not in state and read_json(
+            file.parent / "config.json").get("tie_word_embeddings"):
+        state["head"] = state["embed"].clone()
+    return Checkpoint(path, file, family.title, config, family.parts, state, beside, ignored,
+                      unknown)
+
+
+def override(config: ModelConfig, settings: dict[str, object]) -> ModelConfig:
+    """A config with {"decoder.norm_eps": 1e-5, ...} in place of what the files say."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name, value in settings.items():
+        *parts, last = name.split(".")
+        inside = values
+        for part in parts:
+            inside = inside.get(part) if isinstance(inside, dict) else None
+        if not isinstance(inside, dict) or last not in inside:
+            raise ValueError(f"--set {name}: no such field; take one that `inspect` shows, such as "
+                             f"decoder.norm_eps")
+        inside[last] = value
+    return config_from_dict(ModelConfig, values) if settings else config
+
+
+# ------------------------------------------------------------------------------- whole models
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu",
-               dtype: torch.dtype = torch.float32) -> tuple[VisionLanguageModel, Tokenizer]:
-    """Read a model folder. Raises ValueError naming what is missing or does not fit."""
-    folder = Path(folder)
-    for name in FILES:
-        if not (folder / name).is_file():
-            what = ("is no model folder" if folder.is_dir() else
-                    "is a file, no folder" if folder.exists() else "no such folder")
-            raise ValueError(f"{folder}: {what}: {name} is missing; give a folder that train.py "
-                            f"wrote, such as out/tiny/model")
-    config = read_config(folder / "config.json")
-    try:
-        state = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'}: damaged or cut off: {error}") from None
-    tokenizer = Tokenizer(folder / "tokenizer.model")
-    if tokenizer.vocab_size != config.decoder.vocab_size:
+               dtype: torch.dtype | None = None) -> tuple[VisionLanguageModel, Tokenizer]:
+    """Read a folder of ours or a published whole model; dtype None keeps the files' own.
+
+    Raises ValueError naming what is missing or does not fit.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        what = ("is no model folder: config.json is missing" if Path(folder).is_dir() else
+                "is a file, no folder" if Path(folder).exists() else "no such folder")
+        raise ValueError(f"{folder}: {what}; {ADVICE}")
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.parts is not None:
+        raise ValueError(f"{folder}: {checkpoint.title}: half a model; put a CLIP and a LLaMA "
+                         f"together by `python weights.py convert CLIP LLAMA NEW_FOLDER`")
+    tokenizer = fitting_tokenizer(checkpoint)
+    model = filled(checkpoint.check().config, checkpoint.state, dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def read_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer.model of a model of this config."""
+    return Tokenizer(path, config.special_tokens, config.chat, config.blank_behind_special)
+
+
+def fitting_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Its tokenizer. ValueError if its ids are not as many as the weights' tables have rows."""
+    tokenizer, c = checkpoint.tokenizer(), checkpoint.config.decoder
+    n_ids, n_rows = tokenizer.vocab_size + len(tokenizer.special_tokens), c.vocab_size + c.n_special
+    if n_ids != n_rows or tokenizer.vocab_size > c.vocab_size:
         raise ValueError(
-            f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the weights have "
-            f"{config.decoder.vocab_size}: they do not belong together"
-        )
+            f"{checkpoint.path}: tokenizer.model has {tokenizer.vocab_size} pieces, the weights "
+            f"have {c.vocab_size}: they do not belong together")
+    return tokenizer
+
+
+def filled(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype | None = None
+           ) -> VisionLanguageModel:
+    """A model of these very tensors, all of `dtype`, by default of the dtype that most have."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
-    check_state(folder / "model.safetensors", model.state_dict(), state)
-    model.load_state_dict(state, assign=True)
-    return model.to(device, dtype).eval(), tokenizer
+    dtype = dtype or main_dtype(state)
+    model.load_state_dict({name: t.to(dtype) for name, t in state.items()}, assign=True)
+    return model.requires_grad_(True)
+
+
+def main_dtype(state: dict[str, Tensor]) -> torch.dtype:
+    sizes: Counter = Counter()
+    for tensor in state.values():
+        sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0]
+
+
+def assemble(vision: str | Path, lm: str | Path, like: ModelConfig | None = None,
+             settings: dict[str, object] | None = None) -> tuple[VisionLanguageModel, Tokenizer]:
+    """A published CLIP and a published LLaMA, connected by new gated blocks whose gates are 0.
+
+    `like` says how they are connected (default: as in villa-7b). Our special tokens start as the
+    mean of all rows and a little noise, so that none of them is likelier than another.
+    """
+    settings = settings or {}
+    parts = {"vision": {}, "decoder": {}}
+    for name, value in settings.items():
+        if (part := name.split(".")[0]) not in parts:
+            raise ValueError(f"--set {name}: give vision.FIELD or decoder.FIELD")
+        parts[part][name] = value
+    clip, llama = read_checkpoint(vision, parts["vision"]), read_checkpoint(lm, parts["decoder"])
+    for checkpoint, part, wanted in ((clip, "vision", "a CLIP"), (llama, "blocks", "a LLaMA")):
+        if checkpoint.parts is None or part not in checkpoint.parts:
+            raise ValueError(f"{checkpoint.path}: {checkpoint.title}, where {wanted} is needed")
+        checkpoint.check()
+    like = like or ModelConfig(clip.config.vision, llama.config.decoder)
+    ours, every = like.decoder, like.decoder.cross_attn_every
+    c = llama.config.decoder
+    decoder = replace(c, cross_attn_every=every if c.n_layers % every == 0 else c.cross_attn_every,
+                      cross_attn_mlp=ours.cross_attn_mlp, visible_images=ours.visible_images,
+                      max_images=ours.max_images)
+    config = replace(like, vision=clip.config.vision, decoder=decoder,
+                     special_tokens=llama.config.special_tokens,
+                     blank_behind_special=llama.config.blank_behind_special)
+    llama.config = config
+    tokenizer = fitting_tokenizer(llama)
+    state = clip.state | llama.state
+    dtype = main_dtype(state)
+    state |= {name: t.to(dtype) for name, t in new_parts(config, llama.state).items()}
+    return filled(config, state, dtype), tokenizer
+
+
+def new_parts(config: ModelConfig, decoder: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What stands between a CLIP and a LLaMA before any training, in fp32."""
+    c, dim = config.decoder, config.vision.dim
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    new: dict[str, nn.Module] = {f"cross_blocks.{i}": GatedCrossAttentionBlock(c, dim)
+                                 for i in model.cross_blocks}
+    if config.resampler:
+        new["resampler"] = PerceiverResampler(config.resampler, dim)
+    elif config.image_norm:
+        new["image_norm"] = LayerNorm(dim, config.vision.norm_eps)
+    if config.contrastive_dim:
+        pooled = dim if config.resampler else config.vision.pooled_dim
+        new["contrastive"] = ContrastiveHead(c.dim, pooled, config.contrastive_dim)
+    state = {f"{prefix}.{name}": tensor for prefix, module in new.items()
+             for name, tensor in module.state_dict().items()}
+    if c.visible_images == "all":
+        state["image_index_embed"] = torch.zeros(c.max_images, dim)
+    for special, table in (("special_embed", "embed"), ("special_head", "head")):
+        mean, spread = decoder[table].float().mean(0), 0.02 * decoder[table].float().std()
+        state[special] = mean + spread * torch.randn(c.n_special, c.dim)
+    return state
+
+
+# -------------------------------------------------------------------------- our own model folders
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether save_model wrote this folder, not somebody else whose folder has a config.json."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except ValueError:  # not JSON
+        return (folder / "tokenizer.model").is_file()
+    return isinstance(values, dict) and bool({"decoder", "vision"} & set(values))
+
+
+def save_model(folder: str | Path, config: ModelConfig, state: dict[str, Tensor],
+               tokenizer: Tokenizer, shard_bytes: int = 5_000_000_000) -> None:
+    """Write a model folder. `state` holds full (not sharded) tensors, as state_dict() gives."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name, tensor in state.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        room -= size
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+        old.unlink(missing_ok=True)
+    files = (["model.safetensors"] if len(shards) == 1 else
+             [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}) + "\n")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    tokenizer.save(folder / "tokenizer.model")
+
+
+def read_ours(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder of ours."""
+    file = ours_file(folder)
+    for name in ("config.json", file.name, "tokenizer.model"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: is no model folder: {name} is missing; {ADVICE}")
+    return read_tensors(file)
+
+
+def ours_file(folder: Path) -> Path:
+    index = folder / INDEX
+    return index if index.is_file() else folder / "model.safetensors"
 
 
 def check_state(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
@@ -115,6 +355,8 @@ def _from_json(name: str, hint: object, value: object):
         hint = typing.get_args(hint)[0]
     if dataclasses.is_dataclass(hint):
         return config_from_dict(hint, value)
+    if typing.get_args(hint)[1:] == (...,):  # tuple[str, ...]: a list of any length
+        hint = tuple[(typing.get_args(hint)[0],) * len(value if isinstance(value, list) else "")]
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
         if not isinstance(value, list) or len(value) != len(kinds):
@@ -127,3 +369,100 @@ def _from_json(name: str, hint: object, value: object):
     if hint is int and value < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
     return value
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """What `inspect` prints: kind, architecture, parameters by part, dtypes, odd names."""
+    config, state = checkpoint.config, checkpoint.state
+    sizes: Counter = Counter()
+    for name, tensor in state.items():
+        part = name.split(".")[0]
+        sizes["decoder" if part in ("embed", "blocks", "norm", "head") else part] += tensor.numel()
+    dtypes: Counter = Counter()
+    for tensor in state.values():
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    total = sum(sizes.values())
+    shares = ", ".join(f"{name} {100 * n / total:.4g} %" for name, n in dtypes.most_common())
+    lines = [f"{checkpoint.path}: {checkpoint.title}",
+             f"parameters  {total:,} ({shares})"]
+    lines += [f"  {part:<18}{n:>16,}" for part, n in sizes.most_common()]
+    shown = {"vision": config.vision if checkpoint.has("vision") else None,
+             "decoder": config.decoder if checkpoint.has("blocks") else None,
+             "resampler": config.resampler}
+    for part, values in shown.items():
+        if values:
+            fields = dataclasses.asdict(values).items()
+            lines.append(f"{part}  " + " ".join(f"{name}={value}" for name, value in fields))
+    lines.append(f"tokenizer   {checkpoint.tokenizer_file or 'none beside the weights'}")
+    for title, names in (("ignored", checkpoint.ignored), ("unknown", checkpoint.unknown)):
+        kinds = Counter(re.sub(r"\b\d+\b", "N", name) for name in names)
+        lines.append(f"{title:<12}{len(names)}" + "".join(
+            f"\n  {name}" + f" x {n}" * (n > 1) for name, n in sorted(kinds.items())))
+    return "\n".join(lines)
+
+
+def parse_settings(texts: list[str]) -> dict[str, object]:
+    settings = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or "." not in name:
+            raise UserError(f"--set {text}: write PART.FIELD=VALUE, such as decoder.norm_eps=1e-5")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:  # a word
+            settings[name] = value
+    return settings
+
+
+def main() -> None:
+    parser = Parser(prog="weights.py", description="Look into published weights and convert them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="say what a file or folder of weights is")
+    inspect.add_argument("path")
+    convert = commands.add_parser("convert", help="write a model folder from published weights")
+    convert.add_argument("source", nargs="+", help="a whole model, or a CLIP and a LLaMA")
+    convert.add_argument("folder", help="the new model folder")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                         help="of the new files (default: as most of the weights)")
+    for command in (inspect, convert):
+        command.add_argument("--set", action="append", default=[], metavar="PART.FIELD=VALUE",
+                             help="correct what the files say, such as decoder.norm_eps=1e-5")
+    args = parser.parse_args()
+    settings = parse_settings(args.set)
+    with input_errors():
+        if args.command == "inspect":
+            print(describe(read_checkpoint(args.path, settings)))
+        else:
+            convert_files(args.source, Path(args.folder), args.dtype, settings)
+
+
+def convert_files(sources: list[str], folder: Path, dtype: str | None, settings: dict) -> None:
+    """One whole model, or a CLIP and a LLaMA in either order -> a new folder of ours."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is there already; give a new folder")
+    if len(sources) == 1:
+        checkpoint = read_checkpoint(sources[0], settings)
+        if checkpoint.parts is not None:
+            raise ValueError(f"{sources[0]}: {checkpoint.title}: half a model; give a CLIP and a "
+                             f"LLaMA")
+        tokenizer = fitting_tokenizer(checkpoint)
+        model = filled(checkpoint.check().config, checkpoint.state)
+    elif len(sources) == 2:
+        torch.manual_seed(0)
+        decoder_first = read_checkpoint(sources[0]).has("blocks")
+        vision, lm = reversed(sources) if decoder_first else sources
+        model, tokenizer = assemble(vision, lm, settings=settings)
+    else:
+        raise ValueError(f"{len(sources)} sources: give one whole model, or a CLIP and a LLaMA")
+    if dtype:
+        model.to(getattr(torch, dtype))
+    save_model(folder, model.config, model.state_dict(), tokenizer)
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {n:,} parameters, {str(model.embed.dtype)[6:]}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from data import Encoded, collate
+from generate import choose, generate
 from kernels import decode
 from model import (
     ContrastiveHead,
@@ -26,8 +27,6 @@ from model import (
     GatedCrossAttentionBlock,
     Span,
     VisionLanguageModel,
-    choose,
-    generate,
 )
 from parallel import losses, train_step
 from vision import ResamplerConfig, VisionConfig

@@ -1,0 +1,496 @@
+"""How others publish weights: whose names are which of ours, and whose config says what.
+
+Every family is recognised by a tensor that only it has. Its table says which of its tensors is
+which of ours, and a function reads its config; the weights then run in our own ViT, resampler,
+decoder and gated blocks. To support another checkpoint, add a table, a function and a Family.
+weights.py does the rest.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from model import DecoderConfig, ModelConfig
+from vision import ResamplerConfig, VisionConfig
+
+# ------------------------------------------------------------------- their names and ours
+#
+# N is a layer's number, * is weight or bias. A third column says what else has to be done:
+#   split        q, k and v stacked -> three matrices      transpose    [in, out] -> [out, in]
+#   interleaved  rotary pairs (0, 1), (2, 3), ... -> (0, D/2), (1, D/2 + 1), ..., as kernels/rope.py
+#   flatten      a gate [1] or [1, 1, C] -> (1,) or (C,)
+
+OPENAI_CLIP = """
+visual.class_embedding                          vision.class_embed
+visual.positional_embedding                     vision.pos_embed
+visual.conv1.weight                             vision.patch_embed.weight
+visual.ln_pre.*                                 vision.pre_norm.*
+visual.transformer.resblocks.N.ln_1.*           vision.blocks.N.attn_norm.*
+visual.transformer.resblocks.N.attn.in_proj_*   vision.blocks.N.attn.{q,k,v}_proj.*   split
+visual.transformer.resblocks.N.attn.out_proj.*  vision.blocks.N.attn.o_proj.*
+visual.transformer.resblocks.N.ln_2.*           vision.blocks.N.mlp_norm.*
+visual.transformer.resblocks.N.mlp.c_fc.*       vision.blocks.N.mlp.fc1.*
+visual.transformer.resblocks.N.mlp.c_proj.*     vision.blocks.N.mlp.fc2.*
+visual.ln_post.*                                vision.post_norm.*
+visual.proj                                     vision.proj.weight                    transpose
+"""
+
+HF_CLIP = """
+embeddings.class_embedding                      vision.class_embed
+embeddings.position_embedding.weight            vision.pos_embed
+embeddings.patch_embedding.weight               vision.patch_embed.weight
+pre_layrnorm.*                                  vision.pre_norm.*
+encoder.layers.N.layer_norm1.*                  vision.blocks.N.attn_norm.*
+encoder.layers.N.self_attn.q_proj.*             vision.blocks.N.attn.q_proj.*
+encoder.layers.N.self_attn.k_proj.*             vision.blocks.N.attn.k_proj.*
+encoder.layers.N.self_attn.v_proj.*             vision.blocks.N.attn.v_proj.*
+encoder.layers.N.self_attn.out_proj.*           vision.blocks.N.attn.o_proj.*
+encoder.layers.N.layer_norm2.*                  vision.blocks.N.mlp_norm.*
+encoder.layers.N.mlp.fc1.*                      vision.blocks.N.mlp.fc1.*
+encoder.layers.N.mlp.fc2.*                      vision.blocks.N.mlp.fc2.*
+post_layernorm.*                                vision.post_norm.*
+visual_projection.weight                        vision.proj.weight
+"""
+
+META_LLAMA = """
+tok_embeddings.weight                           embed
+layers.N.attention_norm.weight                  blocks.N.attn_norm.weight
+layers.N.attention.wq.weight                    blocks.N.attn.q_proj.weight           interleaved
+layers.N.attention.wk.weight                    blocks.N.attn.k_proj.weight           interleaved
+layers.N.attention.wv.weight                    blocks.N.attn.v_proj.weight
+layers.N.attention.wo.weight                    blocks.N.attn.o_proj.weight
+layers.N.ffn_norm.weight                        blocks.N.mlp_norm.weight
+layers.N.feed_forward.w1.weight                 blocks.N.mlp.gate_proj.weight
+layers.N.feed_forward.w3.weight                 blocks.N.mlp.up_proj.weight
+layers.N.feed_forward.w2.weight                 blocks.N.mlp.down_proj.weight
+norm.weight                                     norm.weight
+output.weight                                   head
+"""
+
+HF_LLAMA = """
+model.embed_tokens.weight                       embed
+model.layers.N.input_layernorm.weight           blocks.N.attn_norm.weight
+model.layers.N.self_attn.q_proj.weight          blocks.N.attn.q_proj.weight
+model.layers.N.self_attn.k_proj.weight          blocks.N.attn.k_proj.weight
+model.layers.N.self_attn.v_proj.weight          blocks.N.attn.v_proj.weight
+model.layers.N.self_attn.o_proj.weight          blocks.N.attn.o_proj.weight
+model.layers.N.post_attention_layernorm.weight  blocks.N.mlp_norm.weight
+model.layers.N.mlp.gate_proj.weight             blocks.N.mlp.gate_proj.weight
+model.layers.N.mlp.up_proj.weight               blocks.N.mlp.up_proj.weight
+model.layers.N.mlp.down_proj.weight             blocks.N.mlp.down_proj.weight
+model.norm.weight                               norm.weight
+lm_head.weight                                  head
+"""
+
+IDEFICS = HF_LLAMA + """
+model.embed_tokens.additional_embedding.weight              special_embed
+lm_head.additional_fc.weight                                special_head
+model.perceiver_resampler.latents                           resampler.latents
+model.perceiver_resampler.blocks.N.0.context_layer_norm.*   resampler.blocks.N.context_norm.*
+model.perceiver_resampler.blocks.N.0.latents_layer_norm.*   resampler.blocks.N.latents_norm.*
+model.perceiver_resampler.blocks.N.0.q_layer_norm.*         resampler.blocks.N.q_norm.*
+model.perceiver_resampler.blocks.N.0.k_layer_norm.*         resampler.blocks.N.k_norm.*
+model.perceiver_resampler.blocks.N.0.q_proj.*               resampler.blocks.N.q_proj.*
+model.perceiver_resampler.blocks.N.0.k_proj.*               resampler.blocks.N.k_proj.*
+model.perceiver_resampler.blocks.N.0.v_proj.*               resampler.blocks.N.v_proj.*
+model.perceiver_resampler.blocks.N.0.output_proj.*          resampler.blocks.N.o_proj.*
+model.perceiver_resampler.blocks.N.1.ln.*                   resampler.blocks.N.mlp_norm.*
+model.perceiver_resampler.blocks.N.1.fc.*                   resampler.blocks.N.mlp.fc1.*
+model.perceiver_resampler.blocks.N.1.c_proj.*               resampler.blocks.N.mlp.fc2.*
+model.perceiver_resampler.layer_norm.*                      resampler.norm.*
+model.gated_cross_attn_layers.N.input_layernorm.*           cross_blocks.N.attn_norm.*
+model.gated_cross_attn_layers.N.cross_attn.q_proj.*         cross_blocks.N.attn.q_proj.*
+model.gated_cross_attn_layers.N.cross_attn.k_proj.*         cross_blocks.N.attn.k_proj.*
+model.gated_cross_attn_layers.N.cross_attn.v_proj.*         cross_blocks.N.attn.v_proj.*
+model.gated_cross_attn_layers.N.cross_attn.o_proj.*         cross_blocks.N.attn.o_proj.*
+model.gated_cross_attn_layers.N.cross_attn.q_layer_norm.*   cross_blocks.N.attn.q_norm.*
+model.gated_cross_attn_layers.N.cross_attn.k_layer_norm.*   cross_blocks.N.attn.k_norm.*
+model.gated_cross_attn_layers.N.alpha_cross_attn            cross_blocks.N.attn_gate    flatten
+model.gated_cross_attn_layers.N.post_attention_layernorm.*  cross_blocks.N.mlp_norm.*
+model.gated_cross_attn_layers.N.mlp.gate_proj.*             cross_blocks.N.mlp.gate_proj.*
+model.gated_cross_attn_layers.N.mlp.up_proj.*               cross_blocks.N.mlp.up_proj.*
+model.gated_cross_attn_layers.N.mlp.down_proj.*             cross_blocks.N.mlp.down_proj.*
+model.gated_cross_attn_layers.N.alpha_dense                 cross_blocks.N.mlp_gate     flatten
+"""
+IDEFICS += "\n".join(f"model.vision_model.{line}" for line in HF_CLIP.strip().splitlines()[:-1])
+
+# Names that hold nothing to load: rotary tables (made in fp32 by kernels/rope.py), index buffers.
+IGNORED = r".*rotary_emb\.inv_freq|rope\.freqs|.*position_ids|.*masked_bias|.*attn_mask"
+# CLIP's text half, and the three integers of a TorchScript archive.
+IGNORED_CLIP = (r"positional_embedding|text_projection(\.weight)?|token_embedding\.weight|"
+                r"ln_final\..*|logit_scale|logit_bias|transformer\..*|text\..*|text_model\..*|"
+                r"input_resolution|context_length|vocab_size")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way of publishing weights; `mark` is found among its tensors' names, and only its."""
+
+    title: str
+    mark: str
+    table: str
+    parts: tuple[str, ...] | None  # first words of our names that it fills; None: all
+    ignored: str = IGNORED
+
+
+FAMILIES = (
+    Family("IDEFICS", r"model\.gated_cross_attn_layers\.0\.alpha_dense", IDEFICS, None),
+    Family("LLaMA, Meta's files", r"tok_embeddings\.weight", META_LLAMA,
+           ("embed", "blocks", "norm", "head")),
+    Family("LLaMA, Hugging Face files", r"model\.embed_tokens\.weight", HF_LLAMA,
+           ("embed", "blocks", "norm", "head")),
+    Family("CLIP, OpenAI's or OpenCLIP's names", r"visual\.conv1\.weight", OPENAI_CLIP,
+           ("vision",), f"{IGNORED}|{IGNORED_CLIP}"),
+    Family("CLIP, Hugging Face names", r"(.*\.)?embeddings\.class_embedding", HF_CLIP,
+           ("vision",), f"{IGNORED}|{IGNORED_CLIP}"),
+)
+
+
+def find_family(file: Path, tensors: dict[str, Tensor]) -> Family:
+    for family in FAMILIES:
+        if any(re.fullmatch(family.mark, name) for name in tensors):
+            return family
+    known = "; ".join(family.title for family in FAMILIES)
+    raise ValueError(f"{file}: none of the checkpoints known here ({known}): it has a tensor "
+                     f"{min(tensors, default='of no name')}")
+
+
+def rules(table: str) -> list[tuple[re.Pattern, str, str]]:
+    """A table's lines -> (their name, our name with N and *, what else has to be done)."""
+    out = []
+    for line in filter(str.strip, table.splitlines()):
+        theirs, ours, *action = line.split()
+        pattern = re.escape(theirs).replace("N", r"(?P<N>\d+)").replace(
+            r"\*", r"(?P<end>weight|bias)")
+        out.append((re.compile(pattern), ours, *(action or [""])))
+    return out
+
+
+def rename(tensors: dict[str, Tensor], family: Family, decoder: DecoderConfig | None
+           ) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Their tensors by our names, and the names that are ignored and that nobody knows."""
+    lines, state, ignored, unknown = rules(family.table), {}, [], []
+    for name, tensor in tensors.items():
+        found = ((m, ours, action) for pattern, ours, action in lines
+                 if (m := pattern.fullmatch(name)))
+        match, ours, action = next(found, (None, "", ""))
+        if match is None:
+            (ignored if re.fullmatch(family.ignored, name) else unknown).append(name)
+            continue
+        number, end = (match.groupdict().get(group, "") for group in ("N", "end"))
+        if ours.startswith("cross_blocks"):  # theirs are counted, ours bear their layer's number
+            number = str(int(number) * decoder.cross_attn_every)
+        ours = ours.replace(".N.", f".{number}.").replace("*", end)
+        if action == "split":
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                state[ours.replace("{q,k,v}", letter)] = part
+        elif action == "interleaved":
+            state[ours] = half_split(tensor, decoder.head_dim)
+        else:
+            state[ours] = {"": tensor, "transpose": tensor.T, "flatten": tensor.flatten()}[action]
+    return state, ignored, unknown
+
+
+def half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder q's or k's rows (H * D, C) from pairs (0, 1), (2, 3), ... to (0, D/2), ...
+
+    In place, so that a mapped file is not held beside its copy; the file does not change.
+    """
+    if weight.shape[0] % head_dim == 0:  # else the check of shapes says more
+        rows = weight.view(-1, head_dim // 2, 2, weight.shape[1])  # (H, D/2, 2, C)
+        weight.copy_(rows.transpose(1, 2).reshape(weight.shape))
+    return weight
+
+
+# -------------------------------------------------------------------------------- their configs
+
+
+def read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing; it belongs beside the weights") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold an object")
+    return values
+
+
+# Weights of OpenCLIP that come without a config: what their names in its list mean.
+CLIP_TAGS = {
+    "laion400m": dict(activation="gelu"),
+    "laion2b_s32b_b82k": dict(activation="gelu", mean=(0.5,) * 3, std=(0.5,) * 3),
+    "laion2b_s32b_b79k": dict(activation="gelu"),
+    "datacomp_xl": dict(activation="gelu"),
+    "commonpool_xl": dict(activation="gelu"),
+    "dfn2b_s39b": dict(activation="gelu"),
+    "dfn2b": dict(activation="quick_gelu"),
+    "dfn5b": dict(activation="quick_gelu", resize="squash"),
+    "metaclip": dict(activation="quick_gelu"),
+    "openai": dict(activation="quick_gelu"),
+}
+
+
+def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> VisionConfig:
+    """An OpenAI archive's architecture from its shapes, OpenCLIP's from its config or its tag.
+
+    `activation` is what the user says, for files that say nothing.
+    """
+    patches = tensors["visual.conv1.weight"]
+    width, patch = patches.shape[0], patches.shape[-1]
+    side = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
+    layers = sum(name.endswith("attn.in_proj_weight") and name.startswith("visual.")
+                 for name in tensors)
+    hidden = tensors["visual.transformer.resblocks.0.mlp.c_fc.bias"].shape[0]
+    values = dict(dim=width, patch_size=patch, image_size=side * patch, n_layers=layers,
+                  n_heads=width // 64, head_dim=64, hidden_dim=hidden, rgb="late",
+                  embed_dim=tensors["visual.proj"].shape[1])
+    if activation:
+        values["activation"] = activation
+    path = file.parent / "open_clip_config.json"
+    if path.is_file():
+        model, pictures = (read_json(path).get(k, {}) for k in ("model_cfg", "preprocess_cfg"))
+        head = model.get("vision_cfg", {}).get("head_width", 64)
+        resize = pictures.get("resize_mode", "shortest")
+        if resize not in ("shortest", "squash"):
+            raise ValueError(f"{path}: resize_mode {resize!r} is not known, only shortest, squash")
+        if pictures.get("interpolation", "bicubic") != "bicubic":
+            raise ValueError(f"{path}: interpolation {pictures['interpolation']!r} is not known, "
+                             f"only bicubic")
+        values |= dict(head_dim=head, n_heads=width // head,
+                       activation="quick_gelu" if model.get("quick_gelu") else "gelu",
+                       resize="squash" if resize == "squash" else "crop")
+        values |= {key: tuple(pictures[key]) for key in ("mean", "std") if key in pictures}
+    elif "input_resolution" in tensors:  # OpenAI's own archive
+        values["activation"] = "quick_gelu"
+    elif tag := next((t for t in CLIP_TAGS if t in str(file).lower().replace("-", "_")), None):
+        values |= CLIP_TAGS[tag]
+        if width == 1280:  # ViT-H/14
+            values |= dict(head_dim=80, n_heads=16)
+    elif not activation:
+        raise ValueError(f"{file}: nothing says which activation it was trained with; put its "
+                         f"open_clip_config.json beside it, or add --set vision.activation=gelu "
+                         f"or quick_gelu")
+    return VisionConfig(**values )
+
+
+def hf_clip_config(file: Path, tensors: dict[str, Tensor]) -> VisionConfig:
+    """transformers' CLIPConfig or CLIPVisionConfig; fields left out hold its defaults."""
+    values = read_json(file.parent / "config.json")
+    values = values.get("vision_config", values)
+    heads, width = values.get("num_attention_heads", 12), values.get("hidden_size", 768)
+    projection = tensors.get("visual_projection.weight")
+    config = dict(
+        dim=width, hidden_dim=values.get("intermediate_size", 3072), n_heads=heads,
+        n_layers=values.get("num_hidden_layers", 12), head_dim=width // heads,
+        image_size=values.get("image_size", 224), patch_size=values.get("patch_size", 32),
+        activation=values.get("hidden_act", "quick_gelu"), rgb="late",
+        norm_eps=values.get("layer_norm_eps", 1e-5),
+        embed_dim=None if projection is None else projection.shape[0])
+    if (file.parent / "preprocessor_config.json").is_file():
+        pictures = read_json(file.parent / "preprocessor_config.json")
+        config |= {ours: tuple(pictures[theirs]) for ours, theirs in
+                   (("mean", "image_mean"), ("std", "image_std")) if theirs in pictures}
+        if pictures.get("do_center_crop") is False:
+            config["resize"] = "squash"
+    return VisionConfig(**config )
+
+
+def llama_shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int | None,
+                head_dim: int | None) -> dict:
+    """What both kinds of config have in common; a gated block every 4 layers where 4 divides."""
+    every = next(n for n in (4, 3, 2, 1) if n_layers % n == 0)
+    return dict(dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads or n_heads,
+                head_dim=head_dim or dim // n_heads, cross_attn_every=every)
+
+
+def meta_config(file: Path, tensors: dict[str, Tensor]) -> DecoderConfig:
+    """Meta's params.json; a vocab_size of -1 means the table's. LLaMA-1 (eps 1e-6) reads 2048."""
+    path = file.parent / "params.json"
+    values = read_json(path)
+    if values.get("use_scaled_rope"):
+        raise ValueError(f"{path}: use_scaled_rope (Llama 3.1 and later) is not known here")
+    try:
+        dim, eps = values["dim"], values["norm_eps"]
+        shape = llama_shape(dim, values["n_layers"], values["n_heads"], values.get("n_kv_heads"),
+                            values.get("head_dim"))
+        hidden = values.get("hidden_dim")
+        if hidden is None:
+            unit = values["multiple_of"]
+            wide = int(int(8 * dim / 3) * values.get("ffn_dim_multiplier", 1))
+            hidden = (wide + unit - 1) // unit * unit
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
+    rows, longest = values.get("vocab_size", -1), 2048 if eps < 1e-5 else 4096
+    return DecoderConfig(**shape | dict(
+        hidden_dim=hidden, norm_eps=eps, rope_theta=float(values.get("rope_theta", 1e4)),
+        max_seq_len=min(values.get("sliding_window") or longest, longest),
+        vocab_size=len(tensors["tok_embeddings.weight"]) if rows < 0 else rows) )
+
+
+def hf_llama_config(file: Path, tensors: dict[str, Tensor]) -> DecoderConfig:
+    """transformers' LlamaConfig or MistralConfig, as versions 4 and 5 write them.
+
+    Within a sliding window attention is plain causal attention, so max_seq_len ends there.
+    """
+    path = file.parent / "config.json"
+    values = read_json(path)
+    kind = values.get("model_type", "llama")
+    if kind not in ("llama", "mistral"):
+        raise ValueError(f"{path}: model_type {kind!r} is not known here, only llama, mistral")
+    return DecoderConfig(**hf_decoder(path, values) )
+
+
+def hf_decoder(path: Path, values: dict) -> dict:
+    """The fields of DecoderConfig that LLaMA's and IDEFICS' configs share."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{path}: rope_type {kind!r} is not known here, only 'default'; choose a "
+                         f"model without stretched positions")
+    if values.get("hidden_act", "silu") != "silu" or values.get("attention_bias"):
+        raise ValueError(f"{path}: hidden_act must be silu and attention_bias false")
+    try:
+        shape = llama_shape(values["hidden_size"], values["num_hidden_layers"],
+                            values["num_attention_heads"], values.get("num_key_value_heads"),
+                            values.get("head_dim"))
+        hidden, rows = values["intermediate_size"], values["vocab_size"]
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
+    longest = values.get("max_position_embeddings", 2048)
+    return shape | dict(
+        hidden_dim=hidden, vocab_size=rows, norm_eps=values.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 1e4))),
+        max_seq_len=min(longest, values.get("sliding_window") or longest))
+
+
+def idefics_config(file: Path, names: tuple[str, ...]) -> ModelConfig:
+    """IDEFICS' config: nested as published, or flat as its first revisions.
+
+    The trained tower is exact GELU, also where an early config does not say so.
+    """
+    path = file.parent / "config.json"
+    v = read_json(path)
+    seen, latents = v.get("vision_config") or {}, v.get("perceiver_config") or {}
+
+    def vision(name: str, default, flat: str = ""):
+        return seen.get(name, v.get(flat or f"vision_{name}", default))
+
+    def perceiver(name: str, default):
+        return latents.get(name, v.get(name, default))
+
+    dim, heads = vision("embed_dim", 768), vision("num_attention_heads", 16)
+    every, n_layers = v.get("cross_layer_interval", 1), v.get("num_hidden_layers", 32)
+    if n_layers % every:
+        raise ValueError(f"{path}: cross_layer_interval {every} must divide num_hidden_layers "
+                         f"{n_layers}")
+    decoder = hf_decoder(path, v) | dict(
+        n_special=v.get("additional_vocab_size", 0), cross_attn_every=every,
+        cross_attn_before="first", cross_attn_norm=bool(v.get("qk_layer_norms")),
+        cross_attn_mlp=True, mlp_always=True, wide_gates=v.get("alpha_type", "float") == "vector")
+    tower = VisionConfig(
+        dim=dim, n_heads=heads, head_dim=dim // heads, n_layers=vision("num_hidden_layers", 32),
+        image_size=vision("image_size", 224), patch_size=vision("patch_size", 14),
+        hidden_dim=vision("intermediate_size", 5120), norm_eps=vision("layer_norm_eps", 1e-5),
+        activation=vision("hidden_act", "gelu"), embed_dim=None, keep_class=True, resize="squash")
+    resampler = None
+    if v.get("use_resampler"):
+        width = perceiver("resampler_head_dim", 96)
+        resampler = ResamplerConfig(
+            n_latents=perceiver("resampler_n_latents", 64), hidden_dim=4 * dim,
+            n_layers=perceiver("resampler_depth", 6), n_heads=perceiver("resampler_n_heads", 16),
+            head_dim=width, qk_norm=bool(perceiver("qk_layer_norms_perceiver", False)),
+            activation="relu", mlp_bias=False)
+    return ModelConfig(
+        tower, DecoderConfig(**decoder), resampler, image_norm=False, special_tokens=names,
+        chat="idefics-instruct" if "<end_of_utterance>" in names else "idefics",
+        blank_behind_special=blank_behind_special(file.parent))
+
+
+def blank_behind_special(folder: Path) -> bool:
+    """Which rule of tokenizer.py the files ask for: tokenizer.json's, else tokenizer_config's.
+
+    Fast tokenizers made until early 2024 prepend a blank to every stretch between special tokens;
+    later ones, and slow ones with legacy=false, to the first stretch alone. Without either file it
+    is SentencePiece's own way for every stretch.
+    """
+    if (folder / "tokenizer.json").is_file():
+        values = read_json(folder / "tokenizer.json")
+        steps = values.get("normalizer") or {}
+        steps = steps.get("normalizers", [steps])
+        before = values.get("pre_tokenizer") or {}
+        if any(step.get("type") == "Prepend" for step in steps):
+            return True
+        scheme = [part.get("prepend_scheme") for part in before.get("pretokenizers", [before])]
+        return "first" not in scheme
+    if (folder / "tokenizer_config.json").is_file():
+        return read_json(folder / "tokenizer_config.json").get("legacy", True) is not False
+    return True
+
+
+def names_behind(folder: Path, n_pieces: int, n_rows: int) -> list[str]:
+    """The names of ids n_pieces..n_rows-1, from the files that Hugging Face tokenizers leave."""
+    names = {number: f"<extra_{number}>" for number in range(n_pieces, n_rows)}
+    for file in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        values = read_json(folder / file) if (folder / file).is_file() else {}
+        added = values.get("added_tokens_decoder", values.get("added_tokens", values))
+        if isinstance(added, dict):  # {id: {content: name}} or {name: id}
+            pairs = [(int(k), x.get("content")) if isinstance(x, dict) else (x, k)
+                     for k, x in added.items() if isinstance(x, int | dict)
+                     and (isinstance(x, int) or k.isdigit())]
+        else:  # [{id: 32000, content: name}]
+            pairs = [(x.get("id"), x.get("content")) for x in added]
+        names |= {number: name for number, name in pairs if number in names and name}
+    return [names[number] for number in sorted(names)]
+
+
+def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what training wraps around a model, and HF CLIP's without the tower's own prefix."""
+    out = {}
+    for name, tensor in tensors.items():
+        for wrapper in ("module.", "_orig_mod."):
+            name = name.removeprefix(wrapper)
+        out[name.replace("._checkpoint_wrapped_module", "")] = tensor
+    mark = next((name for name in out if name.endswith("embeddings.class_embedding")), "")
+    prefix = mark.removesuffix("embeddings.class_embedding")
+    if prefix == "vision_model.":
+        out = {name.removeprefix(prefix): tensor for name, tensor in out.items()}
+    return out
+
+
+def published_config(family: Family, file: Path, tensors: dict[str, Tensor],
+                     n_pieces: int | None, activation: str) -> ModelConfig:
+    """A family's config as ours; parts that it does not have hold the defaults.
+
+    n_pieces: of the tokenizer beside it, if there is one; activation: what the user says of a CLIP.
+    Raises ValueError naming the file and what in it is out of reach.
+    """
+    try:
+        return _published_config(family, file, tensors, n_pieces, activation)
+    except KeyError as error:
+        raise ValueError(f"{file}: tensor {error.args[0]} is missing") from None
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{file.parent}: a value of its config cannot be: {error}") from None
+
+
+def _published_config(family: Family, file: Path, tensors: dict[str, Tensor],
+                      n_pieces: int | None, activation: str) -> ModelConfig:
+    config = ModelConfig(VisionConfig(), DecoderConfig())
+    if family.table is OPENAI_CLIP:
+        return replace(config, vision=openai_config(file, tensors, activation))
+    if family.table is HF_CLIP:
+        return replace(config, vision=hf_clip_config(file, tensors))
+    table = "tok_embeddings.weight" if family.table is META_LLAMA else "model.embed_tokens.weight"
+    n_rows = len(tensors[table])
+    if family.table is IDEFICS:
+        n_rows += len(tensors["model.embed_tokens.additional_embedding.weight"])
+    names = tuple(names_behind(file.parent, n_pieces, n_rows) if n_pieces else ())
+    if family.table is IDEFICS:
+        return idefics_config(file, names)
+    decoder = (meta_config if family.table is META_LLAMA else hf_llama_config)(file, tensors)
+    return replace(config, decoder=decoder, special_tokens=names + config.special_tokens,
+                   blank_behind_special=blank_behind_special(file.parent))
