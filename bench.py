@@ -4,6 +4,8 @@
                                  without --case, resources as well
     python bench.py resources    every Triton kernel compiled for A100 and H100: registers, spills,
                                  shared memory
+    python bench.py load         a LLaMA of 3.4 B parameters in Hugging Face's and in Meta's files,
+                                 opened by us and by transformers; needs 14 GB of disk
 
 `--json FILE` appends what was measured as one line. First come the machine and its ceilings, taken
 in the same run: a share of them says more than a number. FLOPs count useful scores only, those
@@ -17,15 +19,17 @@ import platform
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from config import Parser, UserError, input_errors, run_main
 from kernels import (
@@ -35,24 +39,28 @@ from kernels import (
     decode,
     interval_attention,
     linear_cross_entropy,
-    loss,
-    norm,
-    rope,
     set_backend,
 )
-from kernels.backend import INTERPRETED, next_power_of_2, triton
-from kernels.online_softmax import block_d
-from kernels.swiglu import BLOCK, swiglu_backward_kernel, swiglu_kernel
+from kernels.backend import INTERPRETED, triton
+from model import VisionLanguageModel
+from published import HF_LLAMA, META_LLAMA
+from resources import resources
+from vision import VisionConfig, VisionTransformer
+from weights import filled, new_parts, read_checkpoint
 
 
 def main() -> None:
     parser = Parser(prog="bench.py", description="Measure speed on this machine.")
-    parser.add_argument("what", choices=("kernels", "resources"))
+    parser.add_argument("what", choices=("kernels", "resources", "load"))
     parser.add_argument("--json", metavar="FILE", help="append the record to this file")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each way of each case [2]")
     parser.add_argument("--case", default="", help="only cases with this in their name")
     parser.add_argument("--backend", choices=("triton", "torch"),
                         help="instead of the device's own")
+    parser.add_argument("--folder", help="load: where its files are made for the while [the "
+                        "system's folder for such]")
+    parser.add_argument("--rounds", type=int, default=5, help="load: turns of each way [5]")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="3b", help="load: how large [3b]")
     options = parser.parse_args()
     if not 0 < options.seconds < 3600:
         raise UserError(f"--seconds must be above 0 and below 3600, got {options.seconds}")
@@ -68,7 +76,9 @@ def main() -> None:
         print("   ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
         rows += kernels(options.seconds, options.case)
     gpu_is_missed = triton and not (torch.cuda.is_available() or INTERPRETED or options.case)
-    if options.what == "resources" or gpu_is_missed:
+    if options.what == "load":
+        rows += load(SHAPES[options.shape], max(options.rounds, 1), options.folder)
+    if options.what == "resources" or (gpu_is_missed and options.what == "kernels"):
         rows += resources()
     if options.json:
         append(options.json, json.dumps({"bench": options.what, **machine, "rows": rows}) + "\n")
@@ -487,130 +497,129 @@ def losses(seconds: float) -> list[dict]:
     return rows
 
 
-# ----------------------------------------------------------------------------------- resources
+# ------------------------------------------------------------------------------------------ load
+
+SHAPES = {  # as Hugging Face's config.json names them; 3b is OpenLLaMA's, 7b LLaMA-2's
+    "tiny": dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4),
+    "3b": dict(hidden_size=3200, intermediate_size=8640, num_hidden_layers=26,
+               num_attention_heads=32),
+    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+               num_attention_heads=32),
+}
 
 
-@dataclass(frozen=True)
-class Build:
-    """One kernel as one launch would compile it."""
+def load(shape: dict, rounds: int, folder: str | None) -> list[dict]:
+    """Seconds until a published LLaMA is open, and until every page of it has been read once.
 
-    kernel: object
-    constants: dict
-    warps: int
-    stages: int
-    label: str
-    dtype: str = "*bf16"  # of all pointers that POINTERS does not name
-
-
-FLOATS = ("scale", "dq_scale", "dk_scale", "eps")
-POINTERS = {"start_ptr": "*i32", "end_ptr": "*i32", "seen_ptr": "*i32", "target_ptr": "*i64",
-            "lse_ptr": "*fp32", "delta_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32",
-            "cos_ptr": "*fp32", "sin_ptr": "*fp32", "loss_ptr": "*fp32", "part_ptr": "*fp32",
-            "dweight_ptr": "*fp32", "dbias_ptr": "*fp32"}
-LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory of a block
-
-
-def builds(arch: int) -> list[Build]:
-    """Every kernel with every entry of its tables, at the sizes of LLaMA-2-7B and ViT-L/14."""
-    out = []
-
-    def attend(entry: tuple, head_dim: int, label: str, dtype: str = "*bf16", group: int = 1):
-        kernels = (attention.forward_kernel, attention.dq_kernel, attention.dkv_kernel)
-        for kernel, (m, n, warps, stages) in zip(kernels, entry, strict=True):
-            name = kernel.__name__.removesuffix("_kernel")
-            out.append(Build(kernel, dict(
-                GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim), BLOCK_M=m, BLOCK_N=n),
-                warps, stages, f"attention {name} {label} {head_dim}", dtype))
-
-    for (of, width, role), entry in attention.TILES.items():
-        for head_dim in {64: (64,), 128: (80, 96, 128)}[width] if of == arch else ():
-            attend(entry, head_dim, role)
-    for role in ("short", "long"):
-        attend(attention.TILES[arch, 128, role], 128, f"{role}, grouped", group=4)
-    for head_dim in (64, 128):
-        attend(attention.SMALL_TILES, head_dim, "fp32", "*fp32")
-    for head_dim, group, dtype in ((64, 1, "bf16"), (80, 1, "bf16"), (96, 1, "bf16"),
-                                   (128, 1, "bf16"), (128, 8, "bf16"), (128, 1, "fp32")):
-        width = block_d(head_dim)
-        sizes = dict(GROUP=group, BLOCK_G=max(16, next_power_of_2(group)), HEAD_DIM=head_dim,
-                     BLOCK_D=width, BLOCK_N=decode.BLOCK_N)
-        out.append(Build(decode.split_kernel, sizes, 4, decode.STAGES,
-                         f"decode split {dtype} {group} x {head_dim}", f"*{dtype}"))
-    out.append(Build(decode.combine_kernel, dict(
-        BLOCK_S=decode.MAX_SPLITS, HEAD_DIM=128, BLOCK_D=128), 4, 3, "decode combine 128"))
-    for C, centred in ((4096, False), (1024, True), (1280, True)):
-        sizes = dict(CENTRED=centred, RESIDUAL=True, BLOCK=next_power_of_2(C))
-        for kernel in (norm.forward_kernel, norm.backward_kernel):
-            out.append(Build(kernel, sizes, norm.warps(C), 3,
-                             f"norm {kernel.__name__.removesuffix('_kernel')} {C}"))
-    for back in (False, True):
-        out.append(Build(rope.rope_kernel, dict(HALF=64, BACK=back, BLOCK_H=32, BLOCK_D=64), 4, 3,
-                         f"rope {'back ' * back}32 x 128"))
-    for kernel in (swiglu_kernel, swiglu_backward_kernel):
-        out.append(Build(kernel, dict(BLOCK=BLOCK), 4, 3, kernel.__name__.removesuffix("_kernel")))
-    for gradient in (False, True):
-        out.append(Build(loss.loss_kernel, dict(IGNORE=loss.IGNORE, GRADIENT=gradient,
-                                                BLOCK=loss.BLOCK), 8, 3,
-                         f"loss{' and gradient' * gradient}"))
-    return out
-
-
-def resources() -> list[dict]:
-    """Compile all builds for both architectures; registers and spilled bytes as cuobjdump says."""
-    if triton is None or INTERPRETED:
-        raise UserError("resources: needs Triton (Linux) and TRITON_INTERPRET unset")
+    All files are in the page cache. `read` is the limit: their bytes, read into one small buffer.
+    Each way has a process of its own, whose imports do not count; memory is what the process grew
+    by, at its peak: anonymous (its own), and with the pages of mapped files, which are the cache's.
+    """
     rows = []
-    print(f"{'kernel':38}{'tile':>12}{'warps':>7}{'regs':>6}{'spill':>7}{'shared':>9}{'mma':>6}"
-          f"{'wgmma':>7}{'cp.async':>10}")
-    for arch in LIMIT:
-        print(f"sm{arch}", flush=True)
-        for build in builds(arch):
-            row = compile_for(build, arch)
-            rows.append(row)
-            tile = f"{row['block_m']} x {row['block_n']}" if row["block_m"] else ""
-            print(f"{build.label:38}{tile:>12}{build.warps:7}{row['registers']:6}"
-                  f"{row['spill']:7}{row['shared']:9}{row['mma']:6}{row['wgmma']:7}"
-                  f"{row['cp_async']:10}",
-                  flush=True)
+    for layout, ways in (("Hugging Face", ("read", "ours", "transformers")),
+                         ("Meta", ("read", "ours"))):
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            path = Path(place)
+            write_llama(path, shape, layout)
+            size = sum(file.stat().st_size for file in weight_files(path))
+            taken: dict[str, list[dict]] = {way: [] for way in ways}
+            for turn in range(rounds + 1):  # the first one fills the page cache
+                for way in random.Random(turn).sample(ways, len(ways)):
+                    code = f"import bench; bench.load_once({way!r}, {place!r})"
+                    done = subprocess.run([sys.executable, "-c", code], capture_output=True,
+                                          text=True, cwd=Path(__file__).parent)
+                    if done.returncode:
+                        raise UserError(f"{way}: {done.stderr.strip().splitlines()[-1]}")
+                    taken[way] += [json.loads(done.stdout.splitlines()[-1])] * (turn > 0)
+        middle = {way: {key: float(np.median([one[key] for one in all_])) for key in all_[0]}
+                  for way, all_ in taken.items()}
+        limit = middle["read"]["seconds"]
+        print(f"{layout}'s files, {size / 1e9:.2f} GB")
+        for way, found in middle.items():
+            print(f"  {way:14}open {found['opened']:6.2f} s   every page read "
+                  f"{found['seconds']:6.2f} s, {found['seconds'] / limit:5.2f} x read   memory "
+                  f"{found['anonymous_gb']:5.2f} GB, at its peak with mapped files "
+                  f"{found['peak_gb']:5.2f} GB", flush=True)
+        rows.append({"case": f"load, {layout}", "bytes": size, "ways": middle, "all": taken})
     return rows
 
 
-def compile_for(build: Build, arch: int) -> dict:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".pth", ".pt"))
 
-    signature, attributes = {}, {}
-    for i, name in enumerate(build.kernel.arg_names):
-        if name in build.constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = POINTERS.get(name, build.dtype)
+
+def write_llama(folder: Path, shape: dict, layout: str) -> None:
+    """Random fp16 weights of a LLaMA, two safetensors shards or one .pth, and a tiny CLIP."""
+    C, F_, n_layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    sizes = {"embed": (32000, C), "head": (32000, C), "gate_proj": (F_, C), "up_proj": (F_, C),
+             "down_proj": (C, F_), "norm": (C,), "attn_norm": (C,), "mlp_norm": (C,)}
+    table = META_LLAMA if layout == "Meta" else HF_LLAMA
+    noise, tensors = (torch.randn(2**24) / C**0.5).half(), {}
+    for theirs, ours in (line.split()[:2] for line in table.strip().splitlines()):
+        kind = ours.removesuffix(".weight").split(".")[-1]
+        size = sizes.get(kind, (C, C))
+        for i in range(n_layers if "N" in theirs else 1):
+            n = int(np.prod(size))
+            whole = noise.repeat(n // len(noise) + 1)[:n].clone()
+            tensors[theirs.replace("N", str(i))] = whole.view(size)
+    if layout == "Meta":
+        torch.save(tensors, folder / "consolidated.00.pth")
+        params = {"dim": C, "n_layers": n_layers, "n_heads": shape["num_attention_heads"],
+                  "hidden_dim": F_, "norm_eps": 1e-5, "vocab_size": -1}
+        (folder / "params.json").write_text(json.dumps(params))
+    else:
+        places = {name: f"model-{1 + (i % 2)}.safetensors" for i, name in enumerate(tensors)}
+        for file in set(places.values()):
+            save_file({name: tensors[name] for name in tensors if places[name] == file},
+                      folder / file, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({
+            "metadata": {}, "weight_map": places}))
+        (folder / "config.json").write_text(json.dumps(shape | {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
+            "rms_norm_eps": 1e-5, "dtype": "float16"}))
+
+
+def load_once(way: str, folder: str) -> None:
+    """One way to open a folder, in a process of its own; prints what it took as JSON."""
+    path = Path(folder)
+    if way == "transformers":
+        from transformers import AutoModelForCausalLM
+    before, began = memory(), time.perf_counter()
+    if way == "read":
+        buffer = bytearray(2**24)
+        for file in weight_files(path):
+            with open(file, "rb", buffering=0) as opened:
+                while opened.readinto(buffer):
+                    pass
+    else:
+        if way == "ours":
+            model = open_llama(path)
         else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.endswith("_ptr") or name.startswith("stride_") or name == "C":  # as torch has it
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=build.kernel, signature=signature, constexprs=build.constants,
-                       attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32),
-                            options={"num_warps": build.warps, "num_stages": build.stages})
-    ptx = binary.asm["ptx"]
-    return {"kernel": build.label, "arch": arch, "warps": build.warps, "stages": build.stages,
-            "block_m": build.constants.get("BLOCK_M"), "block_n": build.constants.get("BLOCK_N"),
-            **registers(binary.asm["cubin"]), "shared": binary.metadata.shared,
-            "mma": ptx.count("mma.sync"), "wgmma": ptx.count("wgmma.mma_async"),
-            "cp_async": ptx.count("cp.async.cg") + ptx.count("cp.async.ca")}
+            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        opened = time.perf_counter() - began
+        for p in model.parameters():  # a number of every page
+            p.detach().view(-1)[::2048].sum()
+    seconds, after = time.perf_counter() - began, memory()
+    print(json.dumps({"opened": seconds if way == "read" else opened, "seconds": seconds,
+                      "anonymous_gb": after["RssAnon"] - before["RssAnon"],
+                      "peak_gb": after["VmHWM"] - before["VmHWM"]}))
 
 
-def registers(cubin: bytes) -> dict:
-    """Registers of a thread, and the bytes of its stack, which holds what is spilled."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True,
-                              text=True, check=True).stdout
-    usage = dict(part.split(":", 1) for part in said.split() if ":" in part and part[0].isupper())
-    return {"registers": int(usage["REG"]), "spill": int(usage["STACK"])}
+def open_llama(folder: Path) -> VisionLanguageModel:
+    """A published decoder in our model, beside the smallest ViT and one new gated block."""
+    llama = read_checkpoint(folder).check()
+    decoder = replace(llama.config.decoder, cross_attn_every=llama.config.decoder.n_layers)
+    eye = VisionConfig(image_size=14, dim=64, n_layers=1, n_heads=1, hidden_dim=64, embed_dim=None)
+    config = replace(llama.config, vision=eye, decoder=decoder)
+    vision = {f"vision.{name}": t for name, t in VisionTransformer(eye).state_dict().items()}
+    return filled(config, llama.state | vision | new_parts(config, llama.state))
+
+
+def memory() -> dict[str, float]:
+    """Of this process in GB, as Linux counts: anonymous now, and all of it at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    pairs = (line.split(":") for line in lines if line.startswith(("RssAnon", "VmHWM")))
+    return {name: int(value.split()[0]) * 1024 / 1e9 for name, value in pairs}
 
 
 if __name__ == "__main__":

@@ -378,7 +378,7 @@ def linear(n_in: int, n_out: int, std_scale: float = 1.0) -> nn.Linear:
 
 
 def table(n_rows: int, dim: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(n_rows, dim) * dim**-0.5)
+    return nn.Parameter(nn.init.normal_(torch.empty(n_rows, dim), std=dim**-0.5))
 
 
 def heads(x: Tensor, head_dim: int) -> Tensor:

@@ -189,9 +189,24 @@ def rename(tensors: dict[str, Tensor], family: Family, decoder: DecoderConfig | 
                 state[ours.replace("{q,k,v}", letter)] = part
         elif action == "interleaved":
             state[ours] = half_split(tensor, decoder.head_dim)
+        elif action == "transpose":
+            state[ours] = tensor.T
         else:
-            state[ours] = {"": tensor, "transpose": tensor.T, "flatten": tensor.flatten()}[action]
+            state[ours] = tensor.flatten() if action == "flatten" else tensor
     return state, ignored, unknown
+
+
+def original(name: str, family: Family, decoder: DecoderConfig) -> str:
+    """The name that a family has for one of ours."""
+    for theirs, ours, *_ in (line.split() for line in family.table.splitlines() if line.strip()):
+        pattern = re.escape(ours).replace("N", r"(?P<N>\d+)").replace(
+            r"\*", r"(?P<end>weight|bias)").replace(re.escape("{q,k,v}"), "[qkv]")
+        if match := re.fullmatch(pattern, name):
+            number, end = (match.groupdict().get(group) or "" for group in ("N", "end"))
+            if ours.startswith("cross_blocks"):
+                number = str(int(number) // decoder.cross_attn_every)
+            return theirs.replace("N", number).replace("*", end)
+    return name
 
 
 def half_split(weight: Tensor, head_dim: int) -> Tensor:

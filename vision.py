@@ -301,8 +301,10 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.class_embed = nn.Parameter(torch.randn(config.dim) * config.dim**-0.5)
-        self.pos_embed = nn.Parameter(position_table(config))
+        self.class_embed = nn.Parameter(torch.empty(config.dim))
+        nn.init.normal_(self.class_embed, std=config.dim**-0.5)
+        with torch.device("cpu"):  # also where the model is made without memory
+            self.pos_embed = nn.Parameter(position_table(config))
         self.pre_norm = LayerNorm(config.dim, config.norm_eps)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers))
         self.post_norm = LayerNorm(config.dim, config.norm_eps)
@@ -381,7 +383,8 @@ class ResamplerBlock(nn.Module):
 class PerceiverResampler(nn.Module):
     def __init__(self, config: ResamplerConfig, dim: int):
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(config.n_latents, dim) * dim**-0.5)
+        self.latents = nn.Parameter(torch.empty(config.n_latents, dim))
+        nn.init.normal_(self.latents, std=dim**-0.5)
         self.blocks = nn.ModuleList(ResamplerBlock(config, dim) for _ in range(config.n_layers))
         self.norm = LayerNorm(dim, config.norm_eps)
 

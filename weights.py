@@ -18,9 +18,11 @@ Nothing is copied that need not be: a tensor stays a view of its file, in the fi
 import dataclasses
 import json
 import re
+import textwrap
 import types
 import typing
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from config import Parser, UserError, input_errors, run_main
 from containers import read_tensors, weight_file
@@ -39,7 +42,9 @@ from model import (
 )
 from published import (
     HF_LLAMA,
+    Family,
     find_family,
+    original,
     plain_names,
     published_config,
     read_json,
@@ -49,6 +54,7 @@ from tokenizer import Tokenizer
 from vision import LayerNorm, PerceiverResampler
 
 FILES = ("config.json", "model.safetensors", "tokenizer.model")
+MOST_NAMELESS = 127  # rows that fill a published table up to a multiple of 64 or 128
 INDEX = "model.safetensors.index.json"
 ADVICE = "give a folder that train.py wrote, such as out/tiny/model, or a published model's"
 BUILT_IN = Path(__file__).parent / "assets" / "tiny"  # the small model that ships with the code
@@ -69,14 +75,14 @@ class Checkpoint:
     tokenizer_file: Path | None = None
     ignored: list[str] = dataclasses.field(default_factory=list)
     unknown: list[str] = dataclasses.field(default_factory=list)
+    family: Family | None = None
 
     def has(self, part: str) -> bool:
         return self.parts is None or part in self.parts
 
     def wanted(self) -> dict[str, Tensor]:
         """The names and shapes that its config asks for, without memory."""
-        with torch.device("meta"):
-            whole = VisionLanguageModel(self.config).state_dict()
+        whole = shapes(self.config).state_dict()
         return {name: t for name, t in whole.items() if self.has(name.split(".")[0])}
 
     def check(self) -> "Checkpoint":
@@ -84,8 +90,14 @@ class Checkpoint:
         if self.unknown:
             raise ValueError(f"{self.file}: tensor {self.unknown[0]} is not part of {self.title}, "
                              f"as known here ({len(self.unknown)} such)")
-        check_state(self.file, self.wanted(), self.state)
+        check_state(self.file, self.wanted(), self.state, self.in_the_file)
         return self
+
+    def in_the_file(self, name: str) -> str:
+        """What the file calls one of our tensors."""
+        if self.family is None:
+            return name
+        return f"{original(name, self.family, self.config.decoder)} (our {name})"
 
     def tokenizer(self) -> Tokenizer:
         if self.tokenizer_file is None:
@@ -97,7 +109,7 @@ class Checkpoint:
 def read_checkpoint(path: str | Path, settings: dict[str, object] | None = None) -> Checkpoint:
     """Whatever is at `path`, not yet checked. `settings`: {"vision.activation": "gelu", ...}.
 
-    Raises ValueError when it is none of the families above, or its config is out of reach.
+    Raises ValueError when it is of no family that is known, or its config is out of reach.
     """
     path, settings = Path(path), settings or {}
     if is_ours(path):
@@ -118,7 +130,7 @@ def read_checkpoint(path: str | Path, settings: dict[str, object] | None = None)
             file.parent / "config.json").get("tie_word_embeddings"):
         state["head"] = state["embed"].clone()
     return Checkpoint(path, file, family.title, config, family.parts, state, beside, ignored,
-                      unknown)
+                      unknown, family)
 
 
 def override(config: ModelConfig, settings: dict[str, object]) -> ModelConfig:
@@ -167,18 +179,33 @@ def fitting_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Its tokenizer. ValueError if its ids are not as many as the weights' tables have rows."""
     tokenizer, c = checkpoint.tokenizer(), checkpoint.config.decoder
     n_ids, n_rows = tokenizer.vocab_size + len(tokenizer.special_tokens), c.vocab_size + c.n_special
-    if n_ids != n_rows or tokenizer.vocab_size > c.vocab_size:
+    nameless = sum(name.startswith("<extra_") for name in tokenizer.special_tokens)
+    if n_ids != n_rows or tokenizer.vocab_size > c.vocab_size or nameless > MOST_NAMELESS:
         raise ValueError(
             f"{checkpoint.path}: tokenizer.model has {tokenizer.vocab_size} pieces, the weights "
             f"have {c.vocab_size}: they do not belong together")
     return tokenizer
 
 
+class NoInit(TorchFunctionMode):
+    """Within it nothing is initialised: weights that come from a file need no random start."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return (*arguments, *(options or {}).values())[0]  # the tensor, as it is
+        return function(*arguments, **(options or {}))
+
+
+def shapes(config: ModelConfig) -> VisionLanguageModel:
+    """A model without memory: its parameters have names, shapes, and no values."""
+    with torch.device("meta"), NoInit():
+        return VisionLanguageModel(config)
+
+
 def filled(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype | None = None
            ) -> VisionLanguageModel:
     """A model of these very tensors, all of `dtype`, by default of the dtype that most have."""
-    with torch.device("meta"):
-        model = VisionLanguageModel(config)
+    model = shapes(config)
     dtype = dtype or main_dtype(state)
     model.load_state_dict({name: t.to(dtype) for name, t in state.items()}, assign=True)
     return model.requires_grad_(True)
@@ -229,10 +256,8 @@ def assemble(vision: str | Path, lm: str | Path, like: ModelConfig | None = None
 def new_parts(config: ModelConfig, decoder: dict[str, Tensor]) -> dict[str, Tensor]:
     """What stands between a CLIP and a LLaMA before any training, in fp32."""
     c, dim = config.decoder, config.vision.dim
-    with torch.device("meta"):
-        model = VisionLanguageModel(config)
     new: dict[str, nn.Module] = {f"cross_blocks.{i}": GatedCrossAttentionBlock(c, dim)
-                                 for i in model.cross_blocks}
+                                 for i in shapes(config).cross_blocks}
     if config.resampler:
         new["resampler"] = PerceiverResampler(config.resampler, dim)
     elif config.image_norm:
@@ -245,8 +270,9 @@ def new_parts(config: ModelConfig, decoder: dict[str, Tensor]) -> dict[str, Tens
     if c.visible_images == "all":
         state["image_index_embed"] = torch.zeros(c.max_images, dim)
     for special, table in (("special_embed", "embed"), ("special_head", "head")):
-        mean, spread = decoder[table].float().mean(0), 0.02 * decoder[table].float().std()
-        state[special] = mean + spread * torch.randn(c.n_special, c.dim)
+        mean = decoder[table].mean(0, dtype=torch.float32)
+        spread = decoder[table][:1000].float().std()
+        state[special] = mean + 0.02 * spread * torch.randn(c.n_special, c.dim)
     return state
 
 
@@ -278,12 +304,14 @@ def save_model(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
             room = shard_bytes
         shards[-1][name] = tensor.detach().cpu().contiguous()
         room -= size
-    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
-        old.unlink(missing_ok=True)
     files = (["model.safetensors"] if len(shards) == 1 else
              [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
     for file, shard in zip(files, shards, strict=True):
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_file(shard, folder / f"new-{file}", metadata={"format": "pt"})
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+        old.unlink(missing_ok=True)
+    for file in files:  # never written into a file that `state` may still be mapped from
+        (folder / f"new-{file}").rename(folder / file)
     if len(shards) > 1:
         places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}) + "\n")
@@ -294,7 +322,7 @@ def save_model(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
 def read_ours(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder of ours."""
     file = ours_file(folder)
-    for name in ("config.json", file.name, "tokenizer.model"):
+    for name in (FILES[0], file.name, FILES[2]):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: is no model folder: {name} is missing; {ADVICE}")
     return read_tensors(file)
@@ -305,16 +333,18 @@ def ours_file(folder: Path) -> Path:
     return index if index.is_file() else folder / "model.safetensors"
 
 
-def check_state(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise ValueError unless both have the same names and shapes."""
+def check_state(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor],
+                shown: Callable[[str], str] = str) -> None:
+    """Raise ValueError unless both have the same names and shapes; it names them as `shown`."""
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
-            raise ValueError(f"{path}: tensor {name} is missing")
+            raise ValueError(f"{path}: tensor {shown(name)} is missing")
         if name not in wanted:
-            raise ValueError(f"{path}: tensor {name} is not part of this model")
+            raise ValueError(f"{path}: tensor {shown(name)} is not part of this model")
         if wanted[name].shape != found[name].shape:
-            raise ValueError(f"{path}: tensor {name} has shape {tuple(found[name].shape)}, the "
-                            f"model's is {tuple(wanted[name].shape)}")
+            shape, wants = tuple(found[name].shape), tuple(wanted[name].shape)
+            raise ValueError(f"{path}: tensor {shown(name)} has shape {shape}, the model's is "
+                             f"{wants}")
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -394,8 +424,14 @@ def describe(checkpoint: Checkpoint) -> str:
              "resampler": config.resampler}
     for part, values in shown.items():
         if values:
-            fields = dataclasses.asdict(values).items()
-            lines.append(f"{part}  " + " ".join(f"{name}={value}" for name, value in fields))
+            fields = dataclasses.asdict(values)
+            if part == "decoder" and checkpoint.parts:  # the rest is about pictures
+                names = list(fields)
+                fields = {name: fields[name] for name in names[: names.index("max_seq_len") + 1]
+                          if name != "n_special"}
+            words = (f"{name}={json.dumps(value)}" for name, value in fields.items())
+            lines += textwrap.wrap(f"{part:<12}" + " ".join(words), 100,
+                                   subsequent_indent=12 * " ", break_on_hyphens=False)
     lines.append(f"tokenizer   {checkpoint.tokenizer_file or 'none beside the weights'}")
     for title, names in (("ignored", checkpoint.ignored), ("unknown", checkpoint.unknown)):
         kinds = Counter(re.sub(r"\b\d+\b", "N", name) for name in names)

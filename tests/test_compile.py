@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import bench
 from kernels import attention
+from resources import LIMIT
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +29,7 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 
 def test_every_entry_of_the_tables_is_compiled_for_both_architectures(compiled):
-    for arch in bench.LIMIT:
+    for arch in LIMIT:
         names = {row["kernel"] for row in compiled if row["arch"] == arch}
         for _, width, role in (key for key in attention.TILES if key[0] == arch):
             for kernel in ("forward", "dq", "dkv"):
@@ -50,7 +50,7 @@ def test_kernels_that_only_move_bytes_leave_room_for_many_programs(compiled):
 
 
 def test_every_kernel_fits_into_shared_memory(compiled):
-    assert [row for row in compiled if row["shared"] > bench.LIMIT[row["arch"]]] == []
+    assert [row for row in compiled if row["shared"] > LIMIT[row["arch"]]] == []
 
 
 def test_attention_runs_on_tensor_cores_and_loads_ahead(compiled):

@@ -38,11 +38,13 @@ MAY_IMPORT = {
     "train": {"kernels", "vision", "model", "tokenizer", "world", "formats", "data", "weights",
               "config", "parallel", "checkpoint", "plan", "scores", "eval"},
     "sample": {"model", "generate", "vision", "weights", "tokenizer", "data", "config"},
-    "bench": {"kernels", "vision", "model", "data", "weights", "parallel", "config"},
+    "resources": {"kernels", "config"},
+    "bench": {"kernels", "vision", "model", "data", "published", "weights", "parallel", "config",
+              "resources"},
 }
 OURS = set(MAY_IMPORT)
 THIRD_PARTY = {"torch", "numpy", "sentencepiece", "PIL", "triton", "safetensors", "tqdm"}
-PEERS = {"flash_attn"}  # that bench.py measures where they are installed
+PEERS = {"flash_attn", "transformers"}  # that bench.py measures where they are installed
 
 
 def imported(path: Path) -> set[str]:
