@@ -243,6 +243,7 @@ CLIP_TAGS = {
     "datacomp_xl": dict(activation="gelu"),
     "commonpool_xl": dict(activation="gelu"),
     "dfn2b_s39b": dict(activation="gelu"),
+    "l_14_39b": dict(activation="gelu"),  # DFN2B-CLIP-ViT-L-14-39B
     "dfn2b": dict(activation="quick_gelu"),
     "dfn5b": dict(activation="quick_gelu", resize="squash"),
     "metaclip": dict(activation="quick_gelu"),
@@ -267,6 +268,7 @@ def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> Vi
     if activation:
         values["activation"] = activation
     path = file.parent / "open_clip_config.json"
+    words = re.sub(r"[-.]", "_", f"{file.parent.name} {file.name}".lower())
     if path.is_file():
         model, pictures = (read_json(path).get(k, {}) for k in ("model_cfg", "preprocess_cfg"))
         head = model.get("vision_cfg", {}).get("head_width", 64)
@@ -282,7 +284,7 @@ def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> Vi
         values |= {key: tuple(pictures[key]) for key in ("mean", "std") if key in pictures}
     elif "input_resolution" in tensors:  # OpenAI's own archive
         values["activation"] = "quick_gelu"
-    elif tag := next((t for t in CLIP_TAGS if t in str(file).lower().replace("-", "_")), None):
+    elif tag := next((t for t in CLIP_TAGS if t in words), None):
         values |= CLIP_TAGS[tag]
         if width == 1280:  # ViT-H/14
             values |= dict(head_dim=80, n_heads=16)

@@ -123,8 +123,12 @@ def read_checkpoint(path: str | Path, settings: dict[str, object] | None = None)
     beside = next((folder / "tokenizer.model" for folder in (file.parent, file.parent.parent)
                    if (folder / "tokenizer.model").is_file()), None)
     n_pieces = Tokenizer(beside).vocab_size if beside else None
-    config = override(published_config(family, file, tensors, n_pieces,
-                                       settings.get("vision.activation", "")), settings)
+    config = published_config(family, file, tensors, n_pieces,
+                              settings.get("vision.activation", ""))
+    try:
+        config = override(config, settings)
+    except ValueError as error:
+        raise ValueError(f"{file.parent}: {error}") from None
     state, ignored, unknown = rename(tensors, family, config.decoder)
     if family.table is HF_LLAMA and "head" not in state and read_json(
             file.parent / "config.json").get("tie_word_embeddings"):
@@ -134,7 +138,7 @@ def read_checkpoint(path: str | Path, settings: dict[str, object] | None = None)
 
 
 def override(config: ModelConfig, settings: dict[str, object]) -> ModelConfig:
-    """A config with {"decoder.norm_eps": 1e-5, ...} in place of what the files say."""
+    """A config with {"decoder.norm_eps": 1e-5, ...} in place of what the files say, checked."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     for name, value in settings.items():
         *parts, last = name.split(".")
@@ -145,7 +149,7 @@ def override(config: ModelConfig, settings: dict[str, object]) -> ModelConfig:
             raise ValueError(f"--set {name}: no such field; take one that `inspect` shows, such as "
                              f"decoder.norm_eps")
         inside[last] = value
-    return config_from_dict(ModelConfig, values) if settings else config
+    return config_from_dict(ModelConfig, values)
 
 
 # ------------------------------------------------------------------------------- whole models

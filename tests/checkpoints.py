@@ -59,6 +59,7 @@ def write_tokenizer(folder: Path, vocab_size: int = 330) -> int:
 
 
 def hf_clip(act: str = "quick_gelu", seed: int = 0, **vision) -> CLIPModel:
+    torch.manual_seed(seed)
     config = CLIPConfig(
         text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                          num_attention_heads=2, vocab_size=50, projection_dim=48),
@@ -156,6 +157,7 @@ def hf_llama(folder: Path, *, shard: str = "5GB", safetensors: bool = True, seed
              dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
     """A LLaMA with its tokenizer, saved into `folder` by transformers (or as .bin shards)."""
     n = write_tokenizer(folder)
+    torch.manual_seed(seed)
     model = shake(LlamaForCausalLM(LlamaConfig(**LLAMA | dict(vocab_size=n) | changes)), seed)
     model.to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
@@ -237,6 +239,7 @@ def hf_idefics(folder: Path, *, instruct: bool = True, seed: int = 0,
         perceiver_config=dict(use_resampler=True, resampler_n_latents=6, resampler_depth=2,
                               resampler_n_heads=4, resampler_head_dim=12,
                               qk_layer_norms_perceiver=True)) | changes)
+    torch.manual_seed(seed)
     model = shake(IdeficsForVisionText2Text(config), seed).to(dtype)
     model.save_pretrained(folder)
     (folder / "added_tokens.json").write_text(json.dumps(
