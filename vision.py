@@ -64,7 +64,8 @@ class VisionConfig:
                 f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
             )
         if self.activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"activation {self.activation!r}: choose 'quick_gelu', 'gelu'")
+            raise ValueError(f"activation {self.activation!r}: choose one of 'quick_gelu', "
+                             f"'gelu'")
         if self.pool not in ("class", "mean"):
             raise ValueError(f"pool {self.pool!r}: choose 'class' or 'mean'")
         if self.resize not in ("crop", "squash"):
@@ -153,7 +154,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):  # 16 bits, which older Pillows hold in 32
         return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
