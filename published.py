@@ -190,7 +190,7 @@ def rename(tensors: dict[str, Tensor], family: Family, decoder: DecoderConfig | 
         elif action == "interleaved":
             state[ours] = half_split(tensor, decoder.head_dim)
         elif action == "transpose":
-            state[ours] = tensor.T
+            state[ours] = tensor.T.contiguous()
         else:
             state[ours] = tensor.flatten() if action == "flatten" else tensor
     return state, ignored, unknown

@@ -3,6 +3,8 @@
 pytest tests/test_parallel.py
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,8 @@ import torch.nn.functional as F
 from data import Text, collate, collate_options, encode
 from kernels import set_backend
 from model import Output
-from parallel import contrastive_loss, losses, shard, train_step
+from parallel import contrastive_loss, full_state, losses, shard, train_step
+from weights import load_model, save_model
 
 
 def features(seed: int, n_text: int, n_image: int, dim: int = 6):
@@ -132,6 +135,44 @@ def one_of_two(rank: int, store: str, model, batches, backend: str, results):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
     results[rank] = means[0], norm.item()
     dist.destroy_process_group()
+
+
+def resident(file: Path) -> int:
+    """Bytes of a mapped file that this process has in memory."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            ours = line.endswith(str(file))
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def shard_of_two(rank: int, store: str, folder: Path, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, _ = load_model(folder)
+    mapped = model.state_dict()  # else the file would be let go of
+    shard(model, torch.float32)
+    results[f"read {rank}"] = resident(folder / "model.safetensors")
+    del mapped
+    whole = full_state(model)
+    for name, tensor in load_model(folder)[0].state_dict().items():
+        assert torch.equal(whole[name], tensor.float()), name
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's own counts")
+def test_a_rank_reads_only_the_rows_that_it_keeps(tiny_model, tokenizer, tmp_path):
+    # Odd, so that shards are uneven; large, for the kernel maps up to 2 MB at a time.
+    model = tiny_model(hidden_dim=2**18 + 1, n_kv_heads=1)
+    folder = tmp_path / "model"
+    save_model(folder, model.config, model.state_dict(), tokenizer)
+    size = (folder / "model.safetensors").stat().st_size
+    assert size > 190e6
+    results = mp.Manager().dict()
+    mp.spawn(shard_of_two, (str(tmp_path / "store"), folder, results), nprocs=2)
+    for rank in (0, 1):
+        assert 0.3 * size < results[f"read {rank}"] < 0.65 * size
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.skipif(

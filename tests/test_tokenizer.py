@@ -4,6 +4,7 @@ pytest tests/test_tokenizer.py
 """
 
 import doctest
+import json
 import os
 import pickle
 import re
@@ -16,8 +17,10 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import published
 import tokenizer as tokenizer_module
 import world
+from data import chat_document, encode
 from tokenizer import (
     SPECIAL_TOKENS,
     Piece,
@@ -284,3 +287,173 @@ def test_no_text_and_too_few_pieces_are_one_error_and_no_file(tmp_path, texts, n
     with pytest.raises(ValueError, match=match) as error:
         train_tokenizer(iter(texts), tmp_path / "t.model", n)
     assert "\n" not in str(error.value) and not (tmp_path / "t.model").exists()
+
+
+# --------------------------------------------------------------------------- published vocabularies
+
+MARKS = ("<pad>", "<fake_token_around_image>", "<image>", "<end_of_utterance>")
+RULES = [True, False]
+MARKED = st.lists(st.sampled_from([*MARKS, "<s>", "</s>", *WORDS, "red", " cat", "\n\n"]),
+                  max_size=8).map("".join)
+
+
+@pytest.fixture(scope="module")
+def like_llama(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("llama") / "tokenizer.model"
+    train_with(path, model_type="bpe", vocab_size=400, byte_fallback=True, split_digits=True,
+               allow_whitespace_only_pieces=True)
+    return path
+
+
+def hugging_faces(path: Path, blank_behind_special: bool):
+    """The `tokenizers` library's own tokenizer of the same pieces, as its LLaMA files are made."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    merges = []
+    for piece, rank in vocab.items():
+        if not (pieces.is_byte(rank) or pieces.is_control(rank) or pieces.is_unknown(rank)):
+            pairs = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
+            merges += sorted((p for p in pairs if p[0] in vocab and p[1] in vocab),
+                             key=lambda p: (vocab[p[0]], vocab[p[1]]))
+    out = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if blank_behind_special:
+        out.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)])
+    else:
+        out.pre_tokenizer = pre_tokenizers.Metaspace(BLANK, prepend_scheme="first", split=False)
+    names = ("<s>", "</s>", *MARKS)
+    out.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    return out
+
+
+@pytest.mark.parametrize("blank_behind_special", RULES)
+@settings(deadline=None, max_examples=300)
+@given(MARKED)
+@example("<image>red")
+@example("red<image>")
+@example("<image><image>")
+@example(" <image> red <image>\n<image> ")
+@example("<s>uns")
+@example("abs</s>USER")
+def test_marked_text_is_split_as_hugging_face_does(like_llama, blank_behind_special, text):
+    ours = Tokenizer(like_llama, MARKS, blank_behind_special=blank_behind_special)
+    assert ours.encode_marked(text) == hugging_faces(like_llama, blank_behind_special).encode(
+        text).ids
+
+
+@pytest.mark.parametrize("blank_behind_special", RULES)
+def test_marks_that_a_user_types_stay_text(like_llama, blank_behind_special):
+    ours = Tokenizer(like_llama, MARKS, blank_behind_special=blank_behind_special)
+    for text in ("<image>", "a <image> b", "</s><s>", "<end_of_utterance>"):
+        ids = ours.encode(text)
+        assert max(ids) < ours.vocab_size and ours.decode(ids) == text
+        assert not {ours.bos_id, ours.eos_id} & set(ids)
+
+
+def test_added_names_stand_behind_the_last_piece_and_are_streamed_by_name(like_llama):
+    ours = Tokenizer(like_llama, ("<pad>", *SPECIAL_TOKENS))
+    assert ours.special_id("<pad>") == ours.vocab_size == ours.image_id - 1
+    ids = [*ours.encode("a red cat"), ours.special_id("<pad>"), *ours.encode("runs"), ours.end_id]
+    assert ours.decode(ids) == "a red cat<pad>runs<end_of_utterance>"
+
+
+def test_idefics_prompts_have_the_ids_of_its_own_processor(like_llama):
+    names = MARKS[1:]
+    t = Tokenizer(like_llama, names, "idefics-instruct")
+    fake, image, end = map(t.special_id, names)
+    turns = [(["p", "q"], " Is it red? ", "a cat"), (["r"], "And this?", None)]
+    told = encode(chat_document(turns, t.chat), t, end=False)
+    said = t.encode
+    assert told.ids == [
+        1, *said("User: Is it red?"), fake, image, fake, image, fake, end,
+        *said("\nAssistant:"), *said("a cat"), end,
+        *said("\nUser: And this?"), fake, image, fake, end, *said("\nAssistant:")]
+    assert said("\nAssistant:")[:2] == [t.pieces.piece_to_id(BLANK), t.newline_id]
+    assert told.ids == t.encode_marked(  # one string, as its processor builds it
+        f"<s>User: Is it red?{names[0]}<image>{names[0]}<image>{names[0]}<end_of_utterance>"
+        f"\nAssistant: a cat<end_of_utterance>\nUser: And this?{names[0]}<image>{names[0]}"
+        f"<end_of_utterance>\nAssistant:")
+    assert t.stop_ids == (end, t.eos_id) and set(t.picture_ids) == {fake, image}
+    assert told.images == ["p", "q", "r"]
+
+
+def test_the_base_model_of_idefics_is_asked_without_an_end(like_llama):
+    t = Tokenizer(like_llama, MARKS[1:3], "idefics")
+    fake, image = map(t.special_id, MARKS[1:3])
+    told = encode(chat_document([(["p"], "What?", "a cat"), ([], "Red?", None)], t.chat), t, False)
+    assert told.ids == [1, *t.encode("User:"), fake, image, fake, *t.encode("What?\nAssistant:"),
+                        *t.encode("a cat"), *t.encode("\n"), *t.encode("User: Red?\nAssistant:")]
+
+
+@pytest.mark.parametrize("files, names", [
+    ({"added_tokens.json": {"<pad>": 400, "<x>": 401}}, ["<pad>", "<x>", "<extra_402>"]),
+    ({"tokenizer.json": {"added_tokens": [{"id": 1, "content": "<s>"},
+                                          {"id": 401, "content": "<x>"}]}},
+     ["<extra_400>", "<x>", "<extra_402>"]),
+    ({"tokenizer_config.json": {"added_tokens_decoder": {"0": {"content": "<unk>"},
+                                                         "402": {"content": "<y>"}}}},
+     ["<extra_400>", "<extra_401>", "<y>"]),
+    ({"tokenizer_config.json": {"legacy": False}, "added_tokens.json": {"<far>": 999}},
+     ["<extra_400>", "<extra_401>", "<extra_402>"]),
+])
+def test_names_of_added_rows_come_from_whichever_file_has_them(tmp_path, files, names):
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    assert published.names_behind(tmp_path, 400, 403) == names
+
+
+@pytest.mark.parametrize("files, blank", [
+    ({}, True),
+    ({"tokenizer_config.json": {}}, True),
+    ({"tokenizer_config.json": {"legacy": True}}, True),
+    ({"tokenizer_config.json": {"legacy": False}}, False),
+    ({"tokenizer_config.json": {"legacy": False}, "tokenizer.json": {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BLANK},
+                                                           {"type": "Replace"}]}}}, True),
+    ({"tokenizer.json": {"normalizer": None, "pre_tokenizer": {
+        "type": "Metaspace", "prepend_scheme": "first"}}}, False),
+    ({"tokenizer.json": {"pre_tokenizer": {"type": "Metaspace",
+                                           "prepend_scheme": "always"}}}, True),
+])
+def test_the_files_say_whether_a_blank_follows_a_special_token(tmp_path, files, blank):
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    assert published.blank_behind_special(tmp_path) == blank
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"IQ== 0\nIg== 1\n", "is a tiktoken file, as Llama 3 has"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+])
+def test_what_looks_like_a_tokenizer_and_is_none_is_told_apart(tmp_path, content, says):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_a_corpus_becomes_a_tokenizer_from_the_command_line(tmp_path, cli):
+    (tmp_path / "corpus.txt").write_text("\n".join(world.corpus(200)), encoding="utf-8")
+    out = tmp_path / "mine.model"
+    arguments = ["train", tmp_path / "corpus.txt", "--vocab-size", 400, "--out", out]
+    code, said, _ = cli(tokenizer_module, *arguments)
+    assert code == 0 and said == f"{out}: 400 pieces\n" and Tokenizer(out).vocab_size == 400
+    before = out.read_bytes()
+    code, _, err = cli(tokenizer_module, *arguments)
+    assert code == 2 and "is there already" in err and out.read_bytes() == before
+
+
+@pytest.mark.parametrize("content, size, says", [
+    (None, 400, "cannot be read: No such file"),
+    (b"\xff\xfe caf\xe9", 400, "not UTF-8"),
+    (b"\n  \n", 400, "no text to train"),
+    (b"a red cat", 3, "no tokenizer of 3 pieces"),
+])
+def test_a_corpus_that_cannot_be_learned_is_one_line(tmp_path, cli, content, size, says):
+    if content is not None:
+        (tmp_path / "corpus.txt").write_bytes(content)
+    code, _, err = cli(tokenizer_module, "train", tmp_path / "corpus.txt", "--vocab-size", size,
+                       "--out", tmp_path / "mine.model")
+    assert code == 2 and says in err and err.count("\n") == 1
+    assert not (tmp_path / "mine.model").exists()

@@ -24,6 +24,7 @@ import sample
 import train
 from config import TrainConfig
 from model import VisionLanguageModel
+from tests import checkpoints
 from vision import open_image
 from weights import load_model
 
@@ -393,6 +394,50 @@ def test_a_broken_picture_is_left_out_and_said_once(tmp_path):
     assert process.returncode == 0, err
     assert err.count("left out: mine/red.jpg") == 1
     assert all(line["n_samples"] == 2 for line in log(tmp_path / "out" / "mine") if "loss" in line)
+
+
+def test_published_parts_are_connected_trained_saved_and_gone_on_with(tmp_path, cli):
+    picture_folder(tmp_path / "mine")
+    checkpoints.write_torchscript(tmp_path / "ViT.pt", checkpoints.hf_clip())
+    checkpoints.hf_llama(tmp_path / "llama")
+    parts = ("--data", "mine", "--vision", "ViT.pt", "--lm", "llama", "--workers", 0,
+             "--batch-size", 4)
+    finish(start(*parts, "--steps", 4, "--checkpoint-every", 2, cwd=tmp_path))
+    run = tmp_path / "out" / "mine"
+    model, tokenizer = load_model(run / "model")
+    assert model.config.vision.dim == 128 and model.config.decoder.max_images == 8
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # from half precision
+    assert all(g.any() for n, g in model.named_parameters() if n.endswith("_gate"))  # trained
+    assert cli(sample, "--model", run / "model", "--image", tmp_path / "mine" / "red.jpg",
+               "--max-new-tokens", 3)[0] == 0
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    shutil.copy(run / "log.jsonl", tmp_path / "before.jsonl")
+    finish(start("--resume", "out/mine", cwd=tmp_path))
+    again = load_model(run / "model")[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+    finish(start(*parts, "--steps", 4, "--out", "two", ranks=2, cwd=tmp_path))
+    ours, theirs = ([line["loss"] for line in log(folder) if "loss" in line]
+                    for folder in (run, tmp_path / "two"))
+    assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_published_whole_model_learns_more_in_its_own_words(tmp_path):
+    picture_folder(tmp_path / "mine")
+    checkpoints.hf_idefics(tmp_path / "idefics")
+    finish(start("--data", "mine", "--init", "idefics", "--workers", 0, "--batch-size", 2,
+                 "--steps", 2, cwd=tmp_path))
+    model, tokenizer = load_model(tmp_path / "out" / "mine" / "model")
+    assert tokenizer.chat == "idefics-instruct" and tokenizer.ret_id is None
+    before = load_model(tmp_path / "idefics")[0]
+    assert not torch.equal(model.embed, before.embed) and model.config == before.config
+
+
+@pytest.mark.parametrize("flags", [["--vision", "ViT.pt"], ["--lm", "llama"],
+                                   ["--vision", "a", "--lm", "b", "--init", "c"]])
+def test_published_parts_belong_together(cli, flags):
+    code, _, err = cli(train, *flags)
+    assert code == 2 and "--vision and --lm belong together" in err and err.count("\n") == 1
 
 
 PHOTOGRAPHS = {  # those that ship inside scikit-image

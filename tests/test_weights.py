@@ -4,15 +4,23 @@ pytest tests/test_weights.py
 """
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModel
 
+import sample
+import weights
 import world
+from tests import checkpoints
 from tokenizer import Tokenizer, train_tokenizer
 from vision import ResamplerConfig
-from weights import FILES, load_model, save_model
+from weights import FILES, assemble, load_model, save_model
+
+CAT = Path(weights.__file__).parent / "cat.jpg"
 
 RESAMPLER = ResamplerConfig(n_latents=3, n_layers=1, n_heads=2, head_dim=16, hidden_dim=48)
 MODELS = {
@@ -192,3 +200,160 @@ def test_a_tokenizer_of_another_size_is_refused_with_both_sizes(folder, tokenize
 def test_a_file_that_is_no_tokenizer_is_named(folder):
     (folder / "tokenizer.model").write_bytes(b"<html>404 Not Found</html>")
     assert str(folder / "tokenizer.model") in refused(folder, "not a SentencePiece model")
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A file or folder of every layout."""
+    place = tmp_path_factory.mktemp("published")
+    clip = checkpoints.hf_clip()
+    checkpoints.write_torchscript(place / "ViT.pt", clip)
+    checkpoints.write_openclip(place / "openclip", clip, quick_gelu=True)
+    clip.save_pretrained(place / "clip")
+    CLIPVisionModel.from_pretrained(place / "clip").save_pretrained(place / "tower")
+    llama = checkpoints.hf_llama(place / "llama", shard="100KB", dtype=torch.float16)
+    shutil.copytree(place / "llama", place / "llama-bin")
+    checkpoints.as_bin_shards(place / "llama-bin")
+    for n in (1, 2):
+        checkpoints.write_meta(place / f"meta-{n}", llama, n)
+    shutil.copy(place / "llama" / "tokenizer.model", place)  # one level up, as Meta has it
+    checkpoints.hf_idefics(place / "idefics")
+    model, tokenizer = load_model(place / "idefics")
+    save_model(place / "ours", model.config, model.state_dict(), tokenizer)
+    save_model(place / "shards", model.config, model.state_dict(), tokenizer, shard_bytes=10**6)
+    return place
+
+
+CLIP_N, IDEFICS_N = 430_784, 601_188
+
+
+@pytest.mark.parametrize("name, title, n, dtype", [
+    ("ViT.pt", "CLIP, OpenAI's or OpenCLIP's names", CLIP_N, "float16"),
+    ("openclip", "CLIP, OpenAI's or OpenCLIP's names", CLIP_N, "float32 100 %"),
+    ("clip", "CLIP, Hugging Face names", CLIP_N, "float32 100 %"),
+    ("tower", "CLIP, Hugging Face names", CLIP_N - 48 * 128, "float32 100 %"),
+    ("llama", "LLaMA, Hugging Face files", None, "float16 100 %"),
+    ("llama-bin", "LLaMA, Hugging Face files", None, "float16 100 %"),
+    ("meta-1", "LLaMA, Meta's files", None, "float16 100 %"),
+    ("meta-2", "LLaMA, Meta's files", None, "float16 100 %"),
+    ("idefics", "IDEFICS", IDEFICS_N, "float32 100 %"),
+    ("ours", "nanovilla", IDEFICS_N, "float32 100 %"),
+    ("shards", "nanovilla", IDEFICS_N, "float32 100 %"),
+])
+def test_inspect_says_what_stands_in_every_layout(published, cli, name, title, n, dtype):
+    code, out, err = cli(weights, "inspect", published / name)
+    assert (code, err) == (0, "") and f"{name}: {title}\n" in out and dtype in out
+    checkpoint = weights.read_checkpoint(published / name)
+    total = sum(t.numel() for t in checkpoint.state.values())
+    assert f"parameters  {total:,} (" in out and (n is None or total == n)
+    assert "unknown     0" in out and f"ignored     {len(checkpoint.ignored)}" in out
+    for part in ("vision", "decoder", "resampler"):
+        has = {"vision": checkpoint.has("vision"), "decoder": checkpoint.has("blocks"),
+               "resampler": checkpoint.parts is None}[part]
+        assert (f"\n{part}  " in out) == has
+    assert all(len(line) <= 120 for line in out.splitlines())
+
+
+def test_inspect_lists_what_it_ignores_and_what_nobody_knows(published, cli, tmp_path):
+    tensors = checkpoints.openai_names(checkpoints.hf_clip()) | {"visual.extra": torch.ones(2)}
+    torch.save(tensors, tmp_path / "metaclip.pt")
+    _, out, _ = cli(weights, "inspect", tmp_path / "metaclip.pt")
+    assert "unknown     1\n  visual.extra" in out and "  logit_scale\n" in out
+    with pytest.raises(ValueError, match="metaclip.pt: tensor visual.extra is not part of CLIP"):
+        weights.read_checkpoint(tmp_path / "metaclip.pt").check()
+
+
+@pytest.mark.parametrize("sources", [
+    ("ViT.pt", "llama"), ("llama-bin", "openclip"), ("clip", "meta-1"), ("meta-2", "tower"),
+    ("idefics",), ("shards",),
+], ids=" ".join)
+def test_whatever_is_converted_can_be_asked(published, cli, tmp_path, sources):
+    folder = tmp_path / "new"
+    code, out, err = cli(weights, "convert", *(published / s for s in sources), folder)
+    assert code == 0 and "parameters" in out, err
+    code, out, err = cli(sample, "--model", folder, "--image", CAT, "--prompt", "hello",
+                         "--max-new-tokens", 4, "--json")
+    answer = json.loads(out)
+    assert code == 0 and 1 <= len(answer["tokens"]) <= 4, err
+    if len(sources) == 2:
+        model, _ = load_model(folder)
+        assert all(not g.any() for n, g in model.named_parameters() if n.endswith("_gate"))
+
+
+def test_a_published_whole_model_is_asked_as_it_lies(published, cli):
+    code, out, _ = cli(sample, "--model", published / "idefics", "--image", CAT, "--image", CAT,
+                       "--prompt", "what is it?", "--max-new-tokens", 4)
+    assert code == 0 and out
+
+
+def test_dtype_and_corrections_are_in_the_new_folder(published, cli, tmp_path):
+    cli(weights, "convert", published / "ViT.pt", published / "llama", tmp_path / "newer",
+        "--dtype", "bfloat16", "--set", "decoder.norm_eps=0.001", "--set",
+        "vision.activation=gelu")
+    model, _ = load_model(tmp_path / "newer")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config.decoder.norm_eps == 0.001 and model.config.vision.activation == "gelu"
+
+
+BAD = [
+    (["ViT.pt"], "half a model"),
+    (["ViT.pt", "clip"], "where a LLaMA is needed"),
+    (["llama", "llama"], "where a CLIP is needed"),
+    (["idefics", "llama"], "where a CLIP is needed"),
+    (["nothing", "llama"], "no such folder or file"),
+    (["ViT.pt", "llama", "clip"], "3 sources"),
+    (["ViT.pt", "llama", "--set", "decoder.norm=1"], "decoder.norm: no such field"),
+    (["ViT.pt", "llama", "--set", "norm_eps=1"], "--set norm_eps=1: write PART.FIELD=VALUE"),
+    (["ViT.pt", "llama", "--set", "decoder.dim=wide"], "DecoderConfig.dim must be int"),
+    (["ViT.pt", "llama", "--set", "decoder.dim=65"],
+     "tensor model.layers.0.self_attn.k_proj.weight (our blocks.0.attn.k_proj.weight) has shape "
+     "(64, 64), the model's is (64, 65)"),
+    (["ViT.pt", "llama", "--set", "decoder.n_layers=5", "--set", "decoder.cross_attn_every=5"],
+     "tensor model.layers.4.self_attn.k_proj.weight (our blocks.4.attn.k_proj.weight) is missing"),
+    (["ViT.pt", "llama", "--set", "decoder.n_layers=3", "--set", "decoder.cross_attn_every=3"],
+     "tensor model.layers.3.self_attn.k_proj.weight (our blocks.3.attn.k_proj.weight) is not part"),
+]
+
+
+@pytest.mark.parametrize("arguments, says", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_what_cannot_be_converted_is_one_line_and_writes_nothing(published, cli, tmp_path,
+                                                                 arguments, says):
+    n = next((i for i, a in enumerate(arguments) if a.startswith("--")), len(arguments))
+    sources = [published / name for name in arguments[:n]]
+    code, out, err = cli(weights, "convert", *sources, tmp_path / "new", *arguments[n:])
+    assert (code, out) == (2, "") and err.count("\n") == 1 and says in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_is_there_is_not_written_into(published, cli, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    code, _, err = cli(weights, "convert", published / "idefics", tmp_path)
+    assert code == 2 and "is there already" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_half_a_model_cannot_be_asked(published, cli):
+    code, _, err = cli(sample, "--model", published / "llama", "--prompt", "hello")
+    assert code == 2 and "python weights.py convert CLIP LLAMA NEW_FOLDER" in err
+
+
+def test_a_published_folder_without_or_with_another_tokenizer_is_refused(published, tmp_path):
+    shutil.copytree(published / "llama", tmp_path / "llama")
+    (tmp_path / "llama" / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="llama: tokenizer.model is missing"):
+        assemble(published / "ViT.pt", tmp_path / "llama")
+    shutil.copy(Path(weights.BUILT_IN) / "tokenizer.model", tmp_path / "llama")
+    with pytest.raises(ValueError, match="501 pieces, the weights have 330: they do not belong"):
+        assemble(published / "ViT.pt", tmp_path / "llama")
+
+
+def test_a_table_far_larger_than_the_tokenizer_is_refused(published, tmp_path):
+    checkpoints.hf_llama(tmp_path / "llama", vocab_size=330 + 64)
+    model, tokenizer = assemble(published / "ViT.pt", tmp_path / "llama")
+    assert tokenizer.image_id == model.config.decoder.vocab_size == 394
+    checkpoints.hf_llama(tmp_path / "larger", vocab_size=330 + 128)
+    with pytest.raises(ValueError, match="330 pieces, the weights have 458"):
+        assemble(published / "ViT.pt", tmp_path / "larger")
