@@ -249,6 +249,7 @@ CLIP_TAGS = {
     "metaclip": dict(activation="quick_gelu"),
     "openai": dict(activation="quick_gelu"),
 }
+CLIP_HEADS = {1280: 80, 1408: 88, 1664: 104}  # widths (ViT-H, -g, -bigG) whose heads are not 64
 
 
 def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> VisionConfig:
@@ -263,12 +264,12 @@ def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> Vi
                  for name in tensors)
     hidden = tensors["visual.transformer.resblocks.0.mlp.c_fc.bias"].shape[0]
     values = dict(dim=width, patch_size=patch, image_size=side * patch, n_layers=layers,
-                  n_heads=width // 64, head_dim=64, hidden_dim=hidden, rgb="late",
-                  embed_dim=tensors["visual.proj"].shape[1])
-    if activation:
-        values["activation"] = activation
+                  hidden_dim=hidden, rgb="late", embed_dim=tensors["visual.proj"].shape[1])
+    head = CLIP_HEADS.get(width, 64)
     path = file.parent / "open_clip_config.json"
     words = re.sub(r"[-.]", "_", f"{file.parent.name} {file.name}".lower())
+    tag = next((tag for tag in CLIP_TAGS if tag in words), None)
+    values |= CLIP_TAGS.get(tag, {})
     if path.is_file():
         model, pictures = (read_json(path).get(k, {}) for k in ("model_cfg", "preprocess_cfg"))
         head = model.get("vision_cfg", {}).get("head_width", 64)
@@ -278,21 +279,18 @@ def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> Vi
         if pictures.get("interpolation", "bicubic") != "bicubic":
             raise ValueError(f"{path}: interpolation {pictures['interpolation']!r} is not known, "
                              f"only bicubic")
-        values |= dict(head_dim=head, n_heads=width // head,
-                       activation="quick_gelu" if model.get("quick_gelu") else "gelu",
+        values |= dict(activation="quick_gelu" if model.get("quick_gelu") else "gelu",
                        resize="squash" if resize == "squash" else "crop")
         values |= {key: tuple(pictures[key]) for key in ("mean", "std") if key in pictures}
     elif "input_resolution" in tensors:  # OpenAI's own archive
         values["activation"] = "quick_gelu"
-    elif tag := next((t for t in CLIP_TAGS if t in words), None):
-        values |= CLIP_TAGS[tag]
-        if width == 1280:  # ViT-H/14
-            values |= dict(head_dim=80, n_heads=16)
-    elif not activation:
+    elif activation:
+        values["activation"] = activation
+    elif not tag:
         raise ValueError(f"{file}: nothing says which activation it was trained with; put its "
                          f"open_clip_config.json beside it, or add --set vision.activation=gelu "
                          f"or quick_gelu")
-    return VisionConfig(**values )
+    return VisionConfig(**values, head_dim=head, n_heads=width // head)
 
 
 def hf_clip_config(file: Path, tensors: dict[str, Tensor]) -> VisionConfig:
@@ -314,7 +312,7 @@ def hf_clip_config(file: Path, tensors: dict[str, Tensor]) -> VisionConfig:
                    (("mean", "image_mean"), ("std", "image_std")) if theirs in pictures}
         if pictures.get("do_center_crop") is False:
             config["resize"] = "squash"
-    return VisionConfig(**config )
+    return VisionConfig(**config)
 
 
 def llama_shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int | None,
@@ -346,7 +344,7 @@ def meta_config(file: Path, tensors: dict[str, Tensor]) -> DecoderConfig:
     return DecoderConfig(**shape | dict(
         hidden_dim=hidden, norm_eps=eps, rope_theta=float(values.get("rope_theta", 1e4)),
         max_seq_len=min(values.get("sliding_window") or longest, longest),
-        vocab_size=len(tensors["tok_embeddings.weight"]) if rows < 0 else rows) )
+        vocab_size=len(tensors["tok_embeddings.weight"]) if rows < 0 else rows))
 
 
 def hf_llama_config(file: Path, tensors: dict[str, Tensor]) -> DecoderConfig:
@@ -359,7 +357,7 @@ def hf_llama_config(file: Path, tensors: dict[str, Tensor]) -> DecoderConfig:
     kind = values.get("model_type", "llama")
     if kind not in ("llama", "mistral"):
         raise ValueError(f"{path}: model_type {kind!r} is not known here, only llama, mistral")
-    return DecoderConfig(**hf_decoder(path, values) )
+    return DecoderConfig(**hf_decoder(path, values))
 
 
 def hf_decoder(path: Path, values: dict) -> dict:
@@ -394,8 +392,8 @@ def idefics_config(file: Path, names: tuple[str, ...]) -> ModelConfig:
     v = read_json(path)
     seen, latents = v.get("vision_config") or {}, v.get("perceiver_config") or {}
 
-    def vision(name: str, default, flat: str = ""):
-        return seen.get(name, v.get(flat or f"vision_{name}", default))
+    def vision(name: str, default):
+        return seen.get(name, v.get(f"vision_{name}", default))
 
     def perceiver(name: str, default):
         return latents.get(name, v.get(name, default))
@@ -414,16 +412,14 @@ def idefics_config(file: Path, names: tuple[str, ...]) -> ModelConfig:
         image_size=vision("image_size", 224), patch_size=vision("patch_size", 14),
         hidden_dim=vision("intermediate_size", 5120), norm_eps=vision("layer_norm_eps", 1e-5),
         activation=vision("hidden_act", "gelu"), embed_dim=None, keep_class=True, resize="squash")
-    resampler = None
-    if v.get("use_resampler"):
-        width = perceiver("resampler_head_dim", 96)
-        resampler = ResamplerConfig(
-            n_latents=perceiver("resampler_n_latents", 64), hidden_dim=4 * dim,
-            n_layers=perceiver("resampler_depth", 6), n_heads=perceiver("resampler_n_heads", 16),
-            head_dim=width, qk_norm=bool(perceiver("qk_layer_norms_perceiver", False)),
-            activation="relu", mlp_bias=False)
+    resampler = ResamplerConfig(
+        n_latents=perceiver("resampler_n_latents", 64), n_layers=perceiver("resampler_depth", 6),
+        n_heads=perceiver("resampler_n_heads", 16), head_dim=perceiver("resampler_head_dim", 96),
+        hidden_dim=4 * dim, qk_norm=bool(perceiver("qk_layer_norms_perceiver", False)),
+        activation="relu", mlp_bias=False)
     return ModelConfig(
-        tower, DecoderConfig(**decoder), resampler, image_norm=False, special_tokens=names,
+        tower, DecoderConfig(**decoder), resampler if v.get("use_resampler") else None,
+        image_norm=False, special_tokens=names,
         chat="idefics-instruct" if "<end_of_utterance>" in names else "idefics",
         blank_behind_special=blank_behind_special(file.parent))
 
@@ -451,18 +447,16 @@ def blank_behind_special(folder: Path) -> bool:
 
 def names_behind(folder: Path, n_pieces: int, n_rows: int) -> list[str]:
     """The names of ids n_pieces..n_rows-1, from the files that Hugging Face tokenizers leave."""
-    names = {number: f"<extra_{number}>" for number in range(n_pieces, n_rows)}
-    for file in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
-        values = read_json(folder / file) if (folder / file).is_file() else {}
-        added = values.get("added_tokens_decoder", values.get("added_tokens", values))
-        if isinstance(added, dict):  # {id: {content: name}} or {name: id}
-            pairs = [(int(k), x.get("content")) if isinstance(x, dict) else (x, k)
-                     for k, x in added.items() if isinstance(x, int | dict)
-                     and (isinstance(x, int) or k.isdigit())]
-        else:  # [{id: 32000, content: name}]
-            pairs = [(x.get("id"), x.get("content")) for x in added]
-        names |= {number: name for number, name in pairs if number in names and name}
-    return [names[number] for number in sorted(names)]
+    def read(file: str) -> dict:
+        return read_json(folder / file) if (folder / file).is_file() else {}
+
+    found = [(number, name) for name, number in read("added_tokens.json").items()]
+    found += [(int(number), token["content"]) for number, token in
+              read("tokenizer_config.json").get("added_tokens_decoder", {}).items()]
+    found += [(token["id"], token["content"]) for token in
+              read("tokenizer.json").get("added_tokens", [])]
+    names = dict(found)
+    return [names.get(number, f"<extra_{number}>") for number in range(n_pieces, n_rows)]
 
 
 def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
