@@ -7,12 +7,15 @@
     *.index.json                 which name is in which of several such files
     consolidated.NN.pth          Meta's: every file holds a slice of nearly every matrix
 
-Tensors are mapped: a file's bytes are read when they are first used, and its dtype is kept.
-Whatever is wrong with a file is a ValueError of one line that names it.
+Tensors keep their dtype and, but for TorchScript, pickles from before torch used zip and Meta's
+several files, are mapped: a file's bytes are read when they are first used. Whatever is wrong with
+how a file is built is a ValueError of one line that names it.
 """
 
 import json
 import pickle
+import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -31,6 +34,10 @@ CANDIDATES = (
 )
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 LFS = b"version https://git-lfs"
+# What reading a damaged or hostile archive may end in.
+BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, ValueError,
+          RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
+          ImportError, AssertionError)
 WRAPPERS = ("state_dict", "model_state_dict")  # of a training run's checkpoint, around its tensors
 
 
@@ -83,13 +90,29 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return read_pickle(path)
 
 
+def read_json(path: Path) -> dict:
+    """A JSON file's object. ValueError: missing, an LFS pointer, not JSON, not an object."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(LFS.decode()):
+            raise ValueError(f"{path}: is a Git LFS pointer, not the file; run `git lfs pull`")
+        values = json.loads(text)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing; it belongs beside the weights") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold an object")
+    return values
+
+
 def read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of an index. Its total_size may count buffers and is not believed."""
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index}: is no index of shards (JSON with a weight_map)") from None
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(
+            isinstance(file, str) and file.endswith(SUFFIXES) for file in places.values()):
+        raise ValueError(f"{index}: is no index of shards (JSON with a weight_map)")
+    files = sorted(set(places.values()))
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= read_file(index.parent / file)
@@ -106,22 +129,23 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """torch.save's file: tensors and plain containers only, whatever else the pickle asks for."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True,
-                            mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "global" in str(error):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True,
+                                mmap=zipfile.is_zipfile(path))
+    except BROKEN as error:
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise ValueError(f"{path}: holds code beside tensors, and is not loaded; convert it "
                              f"to safetensors where you trust it") from None
-        raise ValueError(f"{path}: damaged, or no file of weights") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path}: damaged or cut off: {reason}") from None
+        raise ValueError(f"{path}: damaged, cut off, or no file of weights") from None
     for key in WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not tensors by name")
     for name, value in loaded.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: holds tensors by {type(name).__name__}, not by name")
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
     return {name: value.detach() for name, value in loaded.items()}
@@ -131,7 +155,7 @@ def is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except BROKEN:
         return False
 
 
@@ -191,8 +215,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             root = archive.namelist()[0].split("/")[0]
             walk(TensorsOnly(archive, root).load(), "")
-    except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, EOFError, AttributeError,
-            TypeError, ValueError, RuntimeError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: TorchScript archive, damaged or not of tensors alone: "
                          f"{error}") from None
     return tensors

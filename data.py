@@ -272,9 +272,9 @@ class DrawnWorld:
     """
 
     def __init__(self, stage: str, size: int, seed: int, split: str = "train",
-                 chat: str = "nanovilla"):
+                 chat: str = "nanovilla", has_ret: bool = True):
         self.make = {"pretrain": self.pretrain, "instruct": self.instruct}[stage]
-        self.size, self.split, self.chat = size, split, chat
+        self.size, self.split, self.chat, self.has_ret = size, split, chat, has_ret
         self.seed = seed * 2**40 + (0 if stage == "pretrain" else 2**39)
 
     def __getitem__(self, index: int) -> list[Document]:
@@ -315,7 +315,7 @@ class DrawnWorld:
         else:
             pictures, asked = [picture], self.questions(scene, rng, 8)
         turns = [([], q.question, q.answer) for q in asked]
-        if 0.25 <= kind < 0.45:  # answered with a picture, which is then talked about
+        if 0.25 <= kind < 0.45 and self.has_ret:  # a picture is the answer, then talked about
             request = ([], world.request(scene, rng), Ret(picture))
             return [chat_document([request, *turns], self.chat)]
         return conversations(pictures, turns, rng, self.chat)

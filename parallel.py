@@ -72,7 +72,7 @@ def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device |
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    whole = {name: p.detach() for name, p in model.named_parameters()}
+    weights = {name: p.detach() for name, p in model.named_parameters()}
     device = device or model.embed.device
     model.to("meta", torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -83,7 +83,7 @@ def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device |
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             own = parameter.to_local()
-            rows = whole[name].chunk(dist.get_world_size())  # as FSDP2 cuts: into equal parts,
+            rows = weights[name].chunk(dist.get_world_size())  # as FSDP2 cuts: into equal parts,
             if own.numel():  # the last ones shorter, or nothing
                 own.copy_(rows[dist.get_rank()])
 

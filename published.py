@@ -1,18 +1,18 @@
 """How others publish weights: whose names are which of ours, and whose config says what.
 
-Every family is recognised by a tensor that only it has. Its table says which of its tensors is
-which of ours, and a function reads its config; the weights then run in our own ViT, resampler,
-decoder and gated blocks. To support another checkpoint, add a table, a function and a Family.
-weights.py does the rest.
+Every family is recognised by a tensor that none before it in the list has. Its table says which of
+its tensors is which of ours, and a function reads its config; the weights then run in our own ViT,
+resampler, decoder and gated blocks. What a config asks for and is not known here is refused. To
+support another checkpoint, add a table, a function and a Family; weights.py does the rest.
 """
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from containers import read_json
 from model import DecoderConfig, ModelConfig
 from vision import ResamplerConfig, VisionConfig
 
@@ -127,7 +127,8 @@ IGNORED_CLIP = (r"positional_embedding|text_projection(\.weight)?|token_embeddin
 
 @dataclass(frozen=True)
 class Family:
-    """A way of publishing weights; `mark` is found among its tensors' names, and only its."""
+    """A way of publishing weights; `mark` matches a name of a tensor that tells it from later ones.
+    """
 
     title: str
     mark: str
@@ -184,6 +185,9 @@ def rename(tensors: dict[str, Tensor], family: Family, decoder: DecoderConfig | 
         if ours.startswith("cross_blocks"):  # theirs are counted, ours bear their layer's number
             number = str(int(number) * decoder.cross_attn_every)
         ours = ours.replace(".N.", f".{number}.").replace("*", end)
+        if action == "split" and not (tensor.ndim and tensor.shape[0] % 3 == 0):
+            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}: q, k and v are three "
+                             f"equal parts of it")
         if action == "split":
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 state[ours.replace("{q,k,v}", letter)] = part
@@ -214,25 +218,13 @@ def half_split(weight: Tensor, head_dim: int) -> Tensor:
 
     In place, so that a mapped file is not held beside its copy; the file does not change.
     """
-    if weight.shape[0] % head_dim == 0:  # else the check of shapes says more
+    if weight.ndim == 2 and weight.shape[0] % head_dim == 0:  # else the check of shapes says more
         rows = weight.view(-1, head_dim // 2, 2, weight.shape[1])  # (H, D/2, 2, C)
         weight.copy_(rows.transpose(1, 2).reshape(weight.shape))
     return weight
 
 
 # -------------------------------------------------------------------------------- their configs
-
-
-def read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: is missing; it belongs beside the weights") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold an object")
-    return values
 
 
 # Weights of OpenCLIP that come without a config: what their names in its list mean.
@@ -249,6 +241,8 @@ CLIP_TAGS = {
     "metaclip": dict(activation="quick_gelu"),
     "openai": dict(activation="quick_gelu"),
 }
+OPENCLIP_KNOWN = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio",
+                  "patch_dropout", "output_tokens")  # the last two do nothing here
 CLIP_HEADS = {1280: 80, 1408: 88, 1664: 104}  # widths (ViT-H, -g, -bigG) whose heads are not 64
 
 
@@ -267,12 +261,16 @@ def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> Vi
                   hidden_dim=hidden, rgb="late", embed_dim=tensors["visual.proj"].shape[1])
     head = CLIP_HEADS.get(width, 64)
     path = file.parent / "open_clip_config.json"
+    file = file.resolve()
     words = re.sub(r"[-.]", "_", f"{file.parent.name} {file.name}".lower())
     tag = next((tag for tag in CLIP_TAGS if tag in words), None)
     values |= CLIP_TAGS.get(tag, {})
     if path.is_file():
         model, pictures = (read_json(path).get(k, {}) for k in ("model_cfg", "preprocess_cfg"))
-        head = model.get("vision_cfg", {}).get("head_width", 64)
+        tower = model.get("vision_cfg", {})
+        if odd := [k for k, v in tower.items() if k not in OPENCLIP_KNOWN and v not in (None, {})]:
+            raise ValueError(f"{path}: vision_cfg's {odd[0]!r} is not known here")
+        head = tower.get("head_width", 64)
         resize = pictures.get("resize_mode", "shortest")
         if resize not in ("shortest", "squash"):
             raise ValueError(f"{path}: resize_mode {resize!r} is not known, only shortest, squash")
@@ -288,8 +286,8 @@ def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> Vi
         values["activation"] = activation
     elif not tag:
         raise ValueError(f"{file}: nothing says which activation it was trained with; put its "
-                         f"open_clip_config.json beside it, or add --set vision.activation=gelu "
-                         f"or quick_gelu")
+                         f"open_clip_config.json beside it, or say it to `python weights.py "
+                         f"convert` by --set vision.activation=gelu or quick_gelu")
     return VisionConfig(**values, head_dim=head, n_heads=width // head)
 
 
@@ -306,13 +304,25 @@ def hf_clip_config(file: Path, tensors: dict[str, Tensor]) -> VisionConfig:
         activation=values.get("hidden_act", "quick_gelu"), rgb="late",
         norm_eps=values.get("layer_norm_eps", 1e-5),
         embed_dim=None if projection is None else projection.shape[0])
-    if (file.parent / "preprocessor_config.json").is_file():
-        pictures = read_json(file.parent / "preprocessor_config.json")
-        config |= {ours: tuple(pictures[theirs]) for ours, theirs in
-                   (("mean", "image_mean"), ("std", "image_std")) if theirs in pictures}
-        if pictures.get("do_center_crop") is False:
-            config["resize"] = "squash"
-    return VisionConfig(**config)
+    return VisionConfig(**config | picture_rules(file.parent / "preprocessor_config.json"))
+
+
+def picture_rules(path: Path) -> dict:
+    """Means and resizing of a preprocessor_config.json, if it is there; refused if out of reach."""
+    if not path.is_file():
+        return {}
+    values = read_json(path)
+    for key, known in (("resample", 3), ("do_normalize", True), ("do_rescale", True)):
+        if values.get(key, known) not in (known, None):
+            raise ValueError(f"{path}: {key} {values[key]!r} is not known here, only {known}")
+    rules = {ours: tuple(values[theirs]) for ours, theirs in
+             (("mean", "image_mean"), ("std", "image_std")) if theirs in values}
+    if values.get("do_center_crop") is False:
+        if isinstance(values.get("size"), dict) and "shortest_edge" in values["size"]:
+            raise ValueError(f"{path}: pictures of any shape are not known here; do_center_crop "
+                             f"must be true, or size a height and a width")
+        rules["resize"] = "squash"
+    return rules
 
 
 def llama_shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int | None,
@@ -340,6 +350,10 @@ def meta_config(file: Path, tensors: dict[str, Tensor]) -> DecoderConfig:
             hidden = (wide + unit - 1) // unit * unit
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
+    width = tensors["tok_embeddings.weight"].shape[-1]
+    if width != dim and dim % width == 0:
+        raise ValueError(f"{file.parent}: the consolidated files hold {width} of {dim} columns; "
+                         f"{dim // width} times as many files belong to this model")
     rows, longest = values.get("vocab_size", -1), 2048 if eps < 1e-5 else 4096
     return DecoderConfig(**shape | dict(
         hidden_dim=hidden, norm_eps=eps, rope_theta=float(values.get("rope_theta", 1e4)),
@@ -411,7 +425,8 @@ def idefics_config(file: Path, names: tuple[str, ...]) -> ModelConfig:
         dim=dim, n_heads=heads, head_dim=dim // heads, n_layers=vision("num_hidden_layers", 32),
         image_size=vision("image_size", 224), patch_size=vision("patch_size", 14),
         hidden_dim=vision("intermediate_size", 5120), norm_eps=vision("layer_norm_eps", 1e-5),
-        activation=vision("hidden_act", "gelu"), embed_dim=None, keep_class=True, resize="squash")
+        activation=vision("hidden_act", "gelu"), embed_dim=None, keep_class=True,
+        **picture_rules(file.parent / "preprocessor_config.json") | {"resize": "squash"})
     resampler = ResamplerConfig(
         n_latents=perceiver("resampler_n_latents", 64), n_layers=perceiver("resampler_depth", 6),
         n_heads=perceiver("resampler_n_heads", 16), head_dim=perceiver("resampler_head_dim", 96),
@@ -439,6 +454,9 @@ def blank_behind_special(folder: Path) -> bool:
         if any(step.get("type") == "Prepend" for step in steps):
             return True
         scheme = [part.get("prepend_scheme") for part in before.get("pretokenizers", [before])]
+        if "never" in scheme:
+            raise ValueError(f"{folder / 'tokenizer.json'}: prepend_scheme 'never' is not known "
+                             f"here, only first and always")
         return "first" not in scheme
     if (folder / "tokenizer_config.json").is_file():
         return read_json(folder / "tokenizer_config.json").get("legacy", True) is not False
@@ -483,8 +501,11 @@ def published_config(family: Family, file: Path, tensors: dict[str, Tensor],
     try:
         return _published_config(family, file, tensors, n_pieces, activation)
     except KeyError as error:
-        raise ValueError(f"{file}: tensor {error.args[0]} is missing") from None
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: {error.args[0]} is missing") from None
+    except ValueError as error:
+        at = "" if str(error).startswith(str(file.parent)) else f"{file.parent}: "
+        raise ValueError(f"{at}{error}") from None
+    except (TypeError, AttributeError, ArithmeticError, IndexError, StopIteration) as error:
         raise ValueError(f"{file.parent}: a value of its config cannot be: {error}") from None
 
 

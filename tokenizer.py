@@ -62,7 +62,6 @@ class Tokenizer:
             raise ValueError(f"chat {chat!r}: choose one of {', '.join(CHATS)}")
         self.model_bytes = Path(path).read_bytes()
         self.special_tokens, self.chat = special_tokens, chat
-        self.blank_behind_special = blank_behind_special
         if self.model_bytes.startswith(b"version https://git-lfs"):
             raise ValueError(f"{path}: is a Git LFS pointer, not the file; run `git lfs pull`")
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", self.model_bytes):
@@ -79,12 +78,14 @@ class Tokenizer:
         self.image_id, self.ret_id, self.end_id = (
             self.special_id(name) if name in special_tokens else None for name in SPECIAL_TOKENS)
         # An answer ends with one of these; a base model's with its line.
-        self.newline_id = self.pieces.encode("\n")[-1]
+        self.newline_id = (self.pieces.encode("\n") or [None])[-1]  # some models drop newlines,
+        self.blank_behind_special = blank_behind_special or self.newline_id is None  # see encode
         last = self.newline_id if chat == "idefics" else self.end_id
         self.stop_ids = tuple(i for i in (last, self.eos_id) if i is not None)
         # Never an answer's words: pictures are shown to the model, not said by it.
         self.picture_ids = tuple(self.special_id(name) for name in special_tokens
-                                 if name in ("<image>", "<ret>", WRAPPER))
+                                 if name in ("<image>", "<ret>", WRAPPER)
+                                 or name.startswith("<extra_"))
 
     def __getstate__(self):  # a data worker gets the bytes, not the loaded object
         return self.__dict__ | {"pieces": None}
@@ -242,7 +243,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 32
             sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
             vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False,
-            character_coverage=1.0, num_threads=1, minloglevel=2,
+            character_coverage=1.0, num_threads=1, minloglevel=2, max_sentence_length=2**20,
         )
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {vocab_size} pieces from this text: {error}") from None
@@ -262,6 +263,10 @@ def main() -> None:
     train.add_argument("--vocab-size", type=int, default=32000, help="most pieces [32000]")
     train.add_argument("--out", default="tokenizer.model", help="file to write [tokenizer.model]")
     args = parser.parse_args()
+    if args.vocab_size < 300:
+        parser.error(f"--vocab-size must be at least 300, got {args.vocab_size}")
+    if not Path(args.out).parent.is_dir():
+        raise UserError(f"--out {args.out}: no such folder; make it first")
     if Path(args.out).exists():
         raise UserError(f"--out {args.out}: is there already; choose another name")
     try:

@@ -175,7 +175,8 @@ def source(config: TrainConfig, pairs: list, stage: str, model: ModelConfig, spl
     """Where a stage's samples come from: the user's own pictures, if given, or the drawn world."""
     if pairs:
         return Pairs(pairs, config.seed, model.chat)
-    return DrawnWorld(stage, model.vision.image_size, config.seed, split, model.chat)
+    return DrawnWorld(stage, model.vision.image_size, config.seed, split, model.chat,
+                      has_ret="<ret>" in model.special_tokens)
 
 
 def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Iterator[Batch]:
@@ -298,14 +299,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def initial_model(config: TrainConfig) -> tuple[VisionLanguageModel, Tokenizer] | None:
-    """What --init, or --vision and --lm name; by default the built-in model for a user's own
-    pictures; None: nothing.
-    """
+    """What the flags name, by default the built-in model for one's own pictures; None: nothing."""
     init = config.init or (BUILT_IN if config.data else "none")
     with input_errors():
         if config.vision:
             torch.manual_seed(config.seed)
-            return assemble(config.vision, config.lm, like=PRESETS[config.preset]["model"])
+            return assemble(config.vision, config.lm, PRESETS[config.preset]["model"],
+                            one_dtype=False)
         return None if init == "none" else load_model(init)
 
 

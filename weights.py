@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from config import Parser, UserError, input_errors, run_main
-from containers import read_tensors, weight_file
+from containers import read_json, read_tensors, weight_file
 from model import (
     ContrastiveHead,
     GatedCrossAttentionBlock,
@@ -47,14 +47,14 @@ from published import (
     original,
     plain_names,
     published_config,
-    read_json,
     rename,
 )
-from tokenizer import Tokenizer
+from tokenizer import WRAPPER, Tokenizer
 from vision import LayerNorm, PerceiverResampler
 
 FILES = ("config.json", "model.safetensors", "tokenizer.model")
-MOST_NAMELESS = 127  # rows that fill a published table up to a multiple of 64 or 128
+MOST_NAMELESS = 127  # rows without a name, if they fill a table up to a multiple of 64
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"
 ADVICE = "give a folder that train.py wrote, such as out/tiny/model, or a published model's"
 BUILT_IN = Path(__file__).parent / "assets" / "tiny"  # the small model that ships with the code
@@ -107,8 +107,9 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, settings: dict[str, object] | None = None) -> Checkpoint:
-    """Whatever is at `path`, not yet checked. `settings`: {"vision.activation": "gelu", ...}.
+    """Whatever is at `path`, not yet checked.
 
+    `settings`: {"vision.activation": "gelu", ...}; half a model takes those of its own part.
     Raises ValueError when it is of no family that is known, or its config is out of reach.
     """
     path, settings = Path(path), settings or {}
@@ -125,11 +126,14 @@ def read_checkpoint(path: str | Path, settings: dict[str, object] | None = None)
     n_pieces = Tokenizer(beside).vocab_size if beside else None
     config = published_config(family, file, tensors, n_pieces,
                               settings.get("vision.activation", ""))
+    parts = ("vision" if "vision" in family.parts else "decoder",) if family.parts else ()
+    settings = {name: value for name, value in settings.items()
+                if not parts or name.split(".")[0] in parts}
     try:
         config = override(config, settings)
+        state, ignored, unknown = rename(tensors, family, config.decoder)
     except ValueError as error:
         raise ValueError(f"{file.parent}: {error}") from None
-    state, ignored, unknown = rename(tensors, family, config.decoder)
     if family.table is HF_LLAMA and "head" not in state and read_json(
             file.parent / "config.json").get("tie_word_embeddings"):
         state["head"] = state["embed"].clone()
@@ -169,8 +173,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu",
     if checkpoint.parts is not None:
         raise ValueError(f"{folder}: {checkpoint.title}: half a model; put a CLIP and a LLaMA "
                          f"together by `python weights.py convert CLIP LLAMA NEW_FOLDER`")
-    tokenizer = fitting_tokenizer(checkpoint)
     model = filled(checkpoint.check().config, checkpoint.state, dtype)
+    tokenizer = fitting_tokenizer(checkpoint)
     return model.to(device).eval(), tokenizer
 
 
@@ -184,10 +188,16 @@ def fitting_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     tokenizer, c = checkpoint.tokenizer(), checkpoint.config.decoder
     n_ids, n_rows = tokenizer.vocab_size + len(tokenizer.special_tokens), c.vocab_size + c.n_special
     nameless = sum(name.startswith("<extra_") for name in tokenizer.special_tokens)
-    if n_ids != n_rows or tokenizer.vocab_size > c.vocab_size or nameless > MOST_NAMELESS:
+    if (n_ids != n_rows or tokenizer.vocab_size > c.vocab_size or nameless > MOST_NAMELESS
+            or nameless and c.vocab_size % 64):
         raise ValueError(
             f"{checkpoint.path}: tokenizer.model has {tokenizer.vocab_size} pieces, the weights "
-            f"have {c.vocab_size}: they do not belong together")
+            f"have {c.vocab_size}: they do not belong together ({n_ids - nameless} ids with a "
+            f"name, {n_rows} rows)")
+    if tokenizer.image_id is None or tokenizer.chat.startswith("idefics") and (
+            WRAPPER not in tokenizer.special_tokens):
+        raise ValueError(f"{checkpoint.path}: no file says which ids <image> and its wrapper have; "
+                         f"put the model's added_tokens.json beside its weights")
     return tokenizer
 
 
@@ -223,19 +233,17 @@ def main_dtype(state: dict[str, Tensor]) -> torch.dtype:
 
 
 def assemble(vision: str | Path, lm: str | Path, like: ModelConfig | None = None,
-             settings: dict[str, object] | None = None) -> tuple[VisionLanguageModel, Tokenizer]:
+             settings: dict[str, object] | None = None, one_dtype: bool = True
+             ) -> tuple[VisionLanguageModel, Tokenizer]:
     """A published CLIP and a published LLaMA, connected by new gated blocks whose gates are 0.
 
     `like` says how they are connected (default: as in villa-7b). Our special tokens start as the
-    mean of all rows and a little noise, so that none of them is likelier than another.
+    mean of all rows and a little noise, so that none of them is likelier than another. All is in
+    the LLaMA's dtype; one_dtype False leaves the parts in their own, for a trainer in fp32.
     """
-    settings = settings or {}
-    parts = {"vision": {}, "decoder": {}}
-    for name, value in settings.items():
-        if (part := name.split(".")[0]) not in parts:
-            raise ValueError(f"--set {name}: give vision.FIELD or decoder.FIELD")
-        parts[part][name] = value
-    clip, llama = read_checkpoint(vision, parts["vision"]), read_checkpoint(lm, parts["decoder"])
+    clip, llama = read_checkpoint(vision, settings), read_checkpoint(lm, settings)
+    if clip.parts and llama.parts and clip.has("blocks") and llama.has("vision"):
+        clip, llama = llama, clip  # given in the other order
     for checkpoint, part, wanted in ((clip, "vision", "a CLIP"), (llama, "blocks", "a LLaMA")):
         if checkpoint.parts is None or part not in checkpoint.parts:
             raise ValueError(f"{checkpoint.path}: {checkpoint.title}, where {wanted} is needed")
@@ -251,10 +259,12 @@ def assemble(vision: str | Path, lm: str | Path, like: ModelConfig | None = None
                      blank_behind_special=llama.config.blank_behind_special)
     llama.config = config
     tokenizer = fitting_tokenizer(llama)
-    state = clip.state | llama.state
-    dtype = main_dtype(state)
-    state |= {name: t.to(dtype) for name, t in new_parts(config, llama.state).items()}
-    return filled(config, state, dtype), tokenizer
+    state = new_parts(config, llama.state) | clip.state | llama.state
+    if not one_dtype:
+        model = shapes(config)
+        model.load_state_dict(state, assign=True)
+        return model, tokenizer
+    return filled(config, state, main_dtype(llama.state)), tokenizer
 
 
 def new_parts(config: ModelConfig, decoder: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -345,6 +355,9 @@ def check_state(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor],
             raise ValueError(f"{path}: tensor {shown(name)} is missing")
         if name not in wanted:
             raise ValueError(f"{path}: tensor {shown(name)} is not part of this model")
+        if found[name].dtype not in FLOATS:
+            raise ValueError(f"{path}: tensor {shown(name)} is {found[name].dtype}; only plain "
+                             f"floating-point weights are known here")
         if wanted[name].shape != found[name].shape:
             shape, wants = tuple(found[name].shape), tuple(wanted[name].shape)
             raise ValueError(f"{path}: tensor {shown(name)} has shape {shape}, the model's is "
@@ -437,7 +450,17 @@ def describe(checkpoint: Checkpoint) -> str:
             lines += textwrap.wrap(f"{part:<12}" + " ".join(words), 100,
                                    subsequent_indent=12 * " ", break_on_hyphens=False)
     lines.append(f"tokenizer   {checkpoint.tokenizer_file or 'none beside the weights'}")
-    for title, names in (("ignored", checkpoint.ignored), ("unknown", checkpoint.unknown)):
+    if checkpoint.has("blocks"):
+        lines.append(f"chat        {config.chat}, a blank behind special tokens: "
+                     f"{'yes' if config.blank_behind_special else 'no'}")
+        lines += textwrap.wrap(f"{'beyond':<12}" + " ".join(config.special_tokens), 100,
+                               subsequent_indent=12 * " ", break_on_hyphens=False)
+    wanted = checkpoint.wanted()
+    odd = {"missing": [checkpoint.in_the_file(name) for name in wanted if name not in state],
+           "misshapen": [checkpoint.in_the_file(name) for name in wanted
+                         if name in state and state[name].shape != wanted[name].shape]}
+    for title, names in (("ignored", checkpoint.ignored), ("unknown", checkpoint.unknown),
+                         *((title, names) for title, names in odd.items() if names)):
         kinds = Counter(re.sub(r"\b\d+\b", "N", name) for name in names)
         lines.append(f"{title:<12}{len(names)}" + "".join(
             f"\n  {name}" + f" x {n}" * (n > 1) for name, n in sorted(kinds.items())))
@@ -448,7 +471,7 @@ def parse_settings(texts: list[str]) -> dict[str, object]:
     settings = {}
     for text in texts:
         name, sign, value = text.partition("=")
-        if not sign or "." not in name:
+        if not sign or name.split(".")[0] not in ("vision", "decoder", "resampler"):
             raise UserError(f"--set {text}: write PART.FIELD=VALUE, such as decoder.norm_eps=1e-5")
         try:
             settings[name] = json.loads(value)
@@ -488,18 +511,19 @@ def convert_files(sources: list[str], folder: Path, dtype: str | None, settings:
         if checkpoint.parts is not None:
             raise ValueError(f"{sources[0]}: {checkpoint.title}: half a model; give a CLIP and a "
                              f"LLaMA")
-        tokenizer = fitting_tokenizer(checkpoint)
         model = filled(checkpoint.check().config, checkpoint.state)
+        tokenizer = fitting_tokenizer(checkpoint)
     elif len(sources) == 2:
         torch.manual_seed(0)
-        decoder_first = read_checkpoint(sources[0]).has("blocks")
-        vision, lm = reversed(sources) if decoder_first else sources
-        model, tokenizer = assemble(vision, lm, settings=settings)
+        model, tokenizer = assemble(*sources, settings=settings)
     else:
         raise ValueError(f"{len(sources)} sources: give one whole model, or a CLIP and a LLaMA")
     if dtype:
         model.to(getattr(torch, dtype))
-    save_model(folder, model.config, model.state_dict(), tokenizer)
+    try:
+        save_model(folder, model.config, model.state_dict(), tokenizer)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written: {error.strerror or error}") from None
     n = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {n:,} parameters, {str(model.embed.dtype)[6:]}")
 

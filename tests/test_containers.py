@@ -59,6 +59,8 @@ def test_a_training_runs_checkpoint_is_unwrapped(tmp_path):
         assert same(read_tensors(write(tmp_path / "x.pt", {"epoch": 3, key: TENSORS})))
     write(tmp_path / "x.pt", {"a": TENSORS["b"], "epoch": 3})
     refused(tmp_path / "x.pt", "x.pt: epoch is a int, not a tensor")
+    write(tmp_path / "x.pt", {1: TENSORS["b"]})
+    refused(tmp_path / "x.pt", "x.pt: holds tensors by int, not by name")
 
 
 # --------------------------------------------------------------------------------- TorchScript
@@ -159,10 +161,20 @@ def test_a_tensor_that_only_the_index_knows_is_named(tmp_path):
     refused(tmp_path, "x.safetensors: tensor d is missing, which model.safetensors.index.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}',
+                                  '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "."}}',
+                                  "version https://git-lfs.github.com/spec/v1"])
 def test_an_index_that_is_none_is_named(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    refused(tmp_path, "index.json: is no index of shards")
+    refused(tmp_path, "index.json: (is no index of shards|not JSON|must hold|is a Git LFS)")
+
+
+@settings(max_examples=300, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60))
+def test_no_bytes_at_all_make_anything_but_one_line(tmp_path, content):
+    (tmp_path / "x.bin").write_bytes(content)
+    refused(tmp_path / "x.bin", "x.bin: ")
 
 
 def test_metas_files_are_put_together_along_their_own_dimensions(tmp_path):

@@ -115,7 +115,9 @@ def test_an_archive_of_mixed_dtypes_is_given_one(files, tmp_path):
     dtypes = {t.dtype for t in read_checkpoint(tmp_path / "ViT.pt").state.values()}
     assert dtypes == {torch.float16, torch.float32}
     model, _ = assemble(tmp_path / "ViT.pt", place / "llama")
-    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # the LLaMA's
+    apart, _ = assemble(tmp_path / "ViT.pt", place / "llama", one_dtype=False)
+    assert {p.dtype for p in apart.vision.parameters()} == {torch.float16, torch.float32}
 
 
 def test_heads_need_not_be_64_wide(files, tmp_path):
@@ -154,6 +156,54 @@ def test_the_config_says_it_before_any_name_does(files, tmp_path):
     vision = read_checkpoint(folder).config.vision
     assert vision.activation == "gelu" and vision.resize == "squash"
     assert vision.mean == (0.5,) * 3 and vision.std == (0.25,) * 3
+
+
+@pytest.mark.parametrize("preset, says", [
+    (dict(resize_mode="longest"), "resize_mode 'longest'"),
+    (dict(interpolation="bilinear"), "interpolation 'bilinear'"),
+])
+def test_pictures_that_openclip_would_prepare_otherwise_are_refused(files, tmp_path, preset, says):
+    checkpoints.write_openclip(tmp_path / "clip", files[1], **preset)
+    with pytest.raises(ValueError, match=says):
+        read_checkpoint(tmp_path / "clip")
+
+
+def test_a_tower_that_openclip_would_build_otherwise_is_refused(files, tmp_path):
+    checkpoints.write_openclip(tmp_path / "clip", files[1])
+    path = tmp_path / "clip" / "open_clip_config.json"
+    values = json.loads(path.read_text())
+    values["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="vision_cfg's 'pool_type' is not known"):
+        read_checkpoint(tmp_path / "clip")
+
+
+@pytest.mark.parametrize("values, says", [
+    (dict(resample=2), "resample 2"), (dict(do_normalize=False), "do_normalize False"),
+    (dict(do_center_crop=False, size={"shortest_edge": 224}), "pictures of any shape"),
+])
+def test_a_preprocessor_out_of_reach_is_refused(files, tmp_path, values, says):
+    shutil.copytree(files[0] / "clip", tmp_path / "clip")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=says):
+        read_checkpoint(tmp_path / "clip")
+
+
+def test_the_preprocessors_means_are_the_models(files, tmp_path):
+    for name in ("clip", "idefics"):
+        shutil.copytree(files[0] / name, tmp_path / name)
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(
+            {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3, "resample": 3}))
+        vision = read_checkpoint(tmp_path / name).config.vision
+        assert vision.mean == (0.5, 0.4, 0.3) and vision.std == (0.2,) * 3
+
+
+def test_wide_towers_have_their_own_heads_without_a_config(files, tmp_path):
+    wide = checkpoints.hf_clip("gelu", hidden_size=1280, num_attention_heads=16,
+                               num_hidden_layers=1, intermediate_size=64)
+    torch.save(checkpoints.openai_names(wide), tmp_path / "plain.pt")
+    vision = read_checkpoint(tmp_path / "plain.pt", {"vision.activation": "gelu"}).config.vision
+    assert (vision.n_heads, vision.head_dim) == (16, 80)
 
 
 def test_an_activation_that_nothing_tells_is_asked_for(files, tmp_path):
@@ -233,7 +283,8 @@ def test_both_schemas_of_a_config_are_read(files, tmp_path, schema, theta):
     (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}), "rope_type 'llama3'"),
     (dict(model_type="gemma"), "model_type 'gemma'"),
     (dict(attention_bias=True), "attention_bias false"),
-    (dict(num_key_value_heads=3), "n_kv_heads 3 must divide"),
+    (dict(num_key_value_heads=3), "llama: n_kv_heads 3 must divide"),
+    (dict(num_hidden_layers=2.5), "a value of its config cannot be"),
     (dict(hidden_size="64"), "DecoderConfig.dim must be int, not '64'"),
 ])
 def test_a_config_out_of_reach_is_refused(files, tmp_path, values, says):
@@ -242,6 +293,14 @@ def test_a_config_out_of_reach_is_refused(files, tmp_path, values, says):
     change(tmp_path / "llama" / "config.json", remove, **values)
     with pytest.raises(ValueError, match=says):
         read_checkpoint(tmp_path / "llama")
+
+
+def test_a_missing_last_file_of_meta_is_noticed(tmp_path):
+    checkpoints.write_meta(tmp_path, checkpoints.hf_llama(tmp_path / "hf"), 4)
+    for number in (2, 3):
+        (tmp_path / f"consolidated.0{number}.pth").unlink()
+    with pytest.raises(ValueError, match="hold 32 of 64 columns; 2 times as many files"):
+        read_checkpoint(tmp_path)
 
 
 def test_stretched_positions_of_metas_files_are_refused(files, tmp_path):

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "formats": set(),
     "data": {"kernels", "vision", "tokenizer", "world", "formats"},
     "containers": set(),
-    "published": {"model", "vision"},
+    "published": {"model", "vision", "containers"},
     "weights": {"model", "vision", "tokenizer", "containers", "published", "config"},
     "config": {"model", "vision"},
     "parallel": {"model", "config"},

@@ -448,7 +448,7 @@ def test_a_corpus_becomes_a_tokenizer_from_the_command_line(tmp_path, cli):
     (None, 400, "cannot be read: No such file"),
     (b"\xff\xfe caf\xe9", 400, "not UTF-8"),
     (b"\n  \n", 400, "no text to train"),
-    (b"a red cat", 3, "no tokenizer of 3 pieces"),
+    (b"a red cat", 3, "--vocab-size must be at least 300, got 3"),
 ])
 def test_a_corpus_that_cannot_be_learned_is_one_line(tmp_path, cli, content, size, says):
     if content is not None:

@@ -429,6 +429,8 @@ def test_a_published_whole_model_learns_more_in_its_own_words(tmp_path):
                  "--steps", 2, cwd=tmp_path))
     model, tokenizer = load_model(tmp_path / "out" / "mine" / "model")
     assert tokenizer.chat == "idefics-instruct" and tokenizer.ret_id is None
+    finish(start("--init", "idefics", "--workers", 0, "--batch-size", 12, "--steps", 1, 1,
+                 "--exam-questions", 1, cwd=tmp_path))  # the drawn world without its <ret>
     before = load_model(tmp_path / "idefics")[0]
     assert not torch.equal(model.embed, before.embed) and model.config == before.config
 

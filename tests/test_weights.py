@@ -328,6 +328,35 @@ def test_what_cannot_be_converted_is_one_line_and_writes_nothing(published, cli,
     assert not (tmp_path / "new").exists()
 
 
+def test_inspect_tells_what_is_missing_or_misshapen(published, cli, tmp_path):
+    shutil.copytree(published / "llama", tmp_path / "llama")
+    values = json.loads((tmp_path / "llama" / "config.json").read_text())
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(
+        values | {"num_hidden_layers": 5, "intermediate_size": 161}))
+    code, out, _ = cli(weights, "inspect", tmp_path / "llama")
+    assert code == 0 and "missing     9\n" in out and "misshapen   12\n" in out
+
+
+def test_only_floating_point_weights_are_taken(published, tmp_path):
+    tensors = checkpoints.openai_names(checkpoints.hf_clip())
+    tensors["visual.proj"] = tensors["visual.proj"].char()
+    torch.save(tensors, tmp_path / "openai.pt")
+    with pytest.raises(ValueError, match="visual.proj .* is torch.int8; only plain floating"):
+        weights.read_checkpoint(tmp_path / "openai.pt").check()
+
+
+def test_idefics_without_names_for_its_special_tokens_is_refused(published, tmp_path):
+    shutil.copytree(published / "idefics", tmp_path / "idefics")
+    (tmp_path / "idefics" / "added_tokens.json").unlink()
+    with pytest.raises(ValueError, match="do not belong|added_tokens.json"):
+        load_model(tmp_path / "idefics")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(published, cli):
+    code, _, err = cli(weights, "convert", published / "idefics", "/proc/nowhere/x")
+    assert code == 2 and "cannot be written" in err and err.count("\n") == 1
+
+
 def test_a_folder_that_is_there_is_not_written_into(published, cli, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     code, _, err = cli(weights, "convert", published / "idefics", tmp_path)
@@ -351,9 +380,11 @@ def test_a_published_folder_without_or_with_another_tokenizer_is_refused(publish
 
 
 def test_a_table_far_larger_than_the_tokenizer_is_refused(published, tmp_path):
-    checkpoints.hf_llama(tmp_path / "llama", vocab_size=330 + 64)
-    model, tokenizer = assemble(published / "ViT.pt", tmp_path / "llama")
-    assert tokenizer.image_id == model.config.decoder.vocab_size == 394
-    checkpoints.hf_llama(tmp_path / "larger", vocab_size=330 + 128)
-    with pytest.raises(ValueError, match="330 pieces, the weights have 458"):
-        assemble(published / "ViT.pt", tmp_path / "larger")
+    checkpoints.hf_llama(tmp_path / "filled", vocab_size=384)  # up to a multiple of 64
+    model, tokenizer = assemble(published / "ViT.pt", tmp_path / "filled")
+    assert tokenizer.image_id == model.config.decoder.vocab_size == 384
+    assert {330, 383, 384} < set(tokenizer.picture_ids)  # never written
+    for n in (331, 383, 330 + 128, 512):
+        checkpoints.hf_llama(tmp_path / str(n), vocab_size=n)
+        with pytest.raises(ValueError, match=f"330 pieces, the weights have {n}: they do not"):
+            assemble(published / "ViT.pt", tmp_path / str(n))
