@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bench
+from tests.parity import table
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,3 +56,28 @@ def test_the_readme_shows_what_was_recorded():
     for case, numbers in ratios.items():
         if len(numbers) == 3 and "of 40" not in case:
             assert f"| {case} | {' | '.join(numbers)} |" in readme
+
+
+def test_the_readme_shows_the_parity_and_the_loading_that_were_recorded():
+    records = [*map(json.loads, (ROOT / "results" / "cpu.jsonl").read_text().splitlines())]
+    readme = (ROOT / "README.md").read_text()
+    parity = [record for record in records if "parity" in record][-1]
+    assert table(parity["parity"]) in readme and f"at commit {parity['commit']}" in readme
+    for row in [record for record in records if record.get("bench") == "load"][-1]["rows"]:
+        limit = row["ways"]["read"]["seconds"]
+        for found in row["ways"].values():
+            assert (f"| {found['opened']:.2f} s | {found['seconds']:.2f} s | "
+                    f"{found['seconds'] / limit:.2f} |") in readme
+
+
+def test_loading_is_measured_beside_the_bytes_and_transformers(cli, tmp_path):
+    pytest.importorskip("transformers")
+    out = tmp_path / "record.jsonl"
+    code, printed, err = cli(bench, "load", "--shape", "tiny", "--rounds", "1", "--folder",
+                             tmp_path, "--json", out)
+    assert code == 0, err
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["load, Hugging Face", "load, Meta"]
+    assert [*rows[0]["ways"]] == ["read", "ours", "transformers"]
+    assert all(0 < way["opened"] <= way["seconds"] for row in rows for way in row["ways"].values())
+    assert "every page read" in printed and [*tmp_path.iterdir()] == [out]
