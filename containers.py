@@ -67,7 +67,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     path = weight_file(path)
     if path.name.endswith(".index.json"):
         return read_shards(path)
-    if path.name.startswith("consolidated."):
+    if path.match("consolidated.[0-9][0-9].pth"):
         return read_meta(path.parent)
     return read_file(path)
 
