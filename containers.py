@@ -114,8 +114,9 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         raise ValueError(f"{index}: is no index of shards (JSON with a weight_map)")
     files = sorted(set(places.values()))
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= read_file(index.parent / file)
+    for file in files:  # where two files have a tensor, the index says whose it is
+        tensors |= {name: tensor for name, tensor in read_file(index.parent / file).items()
+                    if places.get(name, file) == file}
     for name, file in places.items():
         if name not in tensors:
             raise ValueError(f"{index.parent / file}: tensor {name} is missing, which "

@@ -159,29 +159,30 @@ def find_family(file: Path, tensors: dict[str, Tensor]) -> Family:
                      f"{min(tensors, default='of no name')}")
 
 
-def rules(table: str) -> list[tuple[re.Pattern, str, str]]:
-    """A table's lines -> (their name, our name with N and *, what else has to be done)."""
-    out = []
-    for line in filter(str.strip, table.splitlines()):
-        theirs, ours, *action = line.split()
-        pattern = re.escape(theirs).replace("N", r"(?P<N>\d+)").replace(
-            r"\*", r"(?P<end>weight|bias)")
-        out.append((re.compile(pattern), ours, *(action or [""])))
-    return out
+def rules(table: str) -> list[tuple[str, str, str]]:
+    """A table's lines -> (their name, our name, what else has to be done)."""
+    return [(*line.split(), "")[:3] for line in table.splitlines() if line.strip()]
 
 
-def rename(tensors: dict[str, Tensor], family: Family, decoder: DecoderConfig | None
+def matched(template: str, name: str) -> tuple[str, str] | None:
+    """What a name has in place of a table's N and *; None: it is another name."""
+    pattern = re.escape(template).replace("N", r"(?P<N>\d+)").replace(
+        r"\*", r"(?P<end>weight|bias)").replace(re.escape("{q,k,v}"), "[qkv]")
+    found = re.fullmatch(pattern, name)
+    return found and tuple(found.groupdict().get(group, "") for group in ("N", "end"))
+
+
+def rename(tensors: dict[str, Tensor], family: Family, decoder: DecoderConfig
            ) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Their tensors by our names, and the names that are ignored and that nobody knows."""
     lines, state, ignored, unknown = rules(family.table), {}, [], []
     for name, tensor in tensors.items():
-        found = ((m, ours, action) for pattern, ours, action in lines
-                 if (m := pattern.fullmatch(name)))
-        match, ours, action = next(found, (None, "", ""))
-        if match is None:
+        found = ((*m, ours, action) for theirs, ours, action in lines
+                 if (m := matched(theirs, name)))
+        number, end, ours, action = next(found, (None,) * 4)
+        if ours is None:
             (ignored if re.fullmatch(family.ignored, name) else unknown).append(name)
             continue
-        number, end = (match.groupdict().get(group, "") for group in ("N", "end"))
         if ours.startswith("cross_blocks"):  # theirs are counted, ours bear their layer's number
             number = str(int(number) * decoder.cross_attn_every)
         ours = ours.replace(".N.", f".{number}.").replace("*", end)
@@ -202,11 +203,9 @@ def rename(tensors: dict[str, Tensor], family: Family, decoder: DecoderConfig | 
 
 def original(name: str, family: Family, decoder: DecoderConfig) -> str:
     """The name that a family has for one of ours."""
-    for theirs, ours, *_ in (line.split() for line in family.table.splitlines() if line.strip()):
-        pattern = re.escape(ours).replace("N", r"(?P<N>\d+)").replace(
-            r"\*", r"(?P<end>weight|bias)").replace(re.escape("{q,k,v}"), "[qkv]")
-        if match := re.fullmatch(pattern, name):
-            number, end = (match.groupdict().get(group) or "" for group in ("N", "end"))
+    for theirs, ours, _ in rules(family.table):
+        if found := matched(ours, name):
+            number, end = found
             if ours.startswith("cross_blocks"):
                 number = str(int(number) // decoder.cross_attn_every)
             return theirs.replace("N", number).replace("*", end)
@@ -271,14 +270,16 @@ def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> Vi
         if odd := [k for k, v in tower.items() if k not in OPENCLIP_KNOWN and v not in (None, {})]:
             raise ValueError(f"{path}: vision_cfg's {odd[0]!r} is not known here")
         head = tower.get("head_width", 64)
-        resize = pictures.get("resize_mode", "shortest")
-        if resize not in ("shortest", "squash"):
-            raise ValueError(f"{path}: resize_mode {resize!r} is not known, only shortest, squash")
+        resize = {"shortest": "crop", "squash": "squash"}
+        if pictures.get("resize_mode", "shortest") not in resize:
+            raise ValueError(f"{path}: resize_mode {pictures['resize_mode']!r} is not known, only "
+                             f"shortest, squash")
         if pictures.get("interpolation", "bicubic") != "bicubic":
             raise ValueError(f"{path}: interpolation {pictures['interpolation']!r} is not known, "
                              f"only bicubic")
-        values |= dict(activation="quick_gelu" if model.get("quick_gelu") else "gelu",
-                       resize="squash" if resize == "squash" else "crop")
+        values["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        if "resize_mode" in pictures:  # else the tag's, as with the means
+            values["resize"] = resize[pictures["resize_mode"]]
         values |= {key: tuple(pictures[key]) for key in ("mean", "std") if key in pictures}
     elif "input_resolution" in tensors:  # OpenAI's own archive
         values["activation"] = "quick_gelu"

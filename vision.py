@@ -3,7 +3,7 @@
 Read after kernels/. From the picture to the tokens:
 
     open_image     any file -> an upright RGB picture, or a PictureError that says what is wrong
-    preprocess     resize (shorter side, bicubic) and crop -> uint8 (3, h, w)
+    preprocess     resize (bicubic; and crop, or squash) -> uint8 (3, h, w)
     VisionTransformer  CLIP's ViT (Radford et al. 2021; Dosovitskiy et al. 2021)
                    uint8 (I, 3, h, w) -> patch tokens (I * P, C) and one pooled feature a picture
     PerceiverResampler  Flamingo's (Alayrac et al. 2022, section 3.1.1): P tokens -> fewer latents

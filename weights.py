@@ -17,6 +17,7 @@ Nothing is copied that need not be: a tensor stays a view of its file, in the fi
 
 import dataclasses
 import json
+import math
 import re
 import textwrap
 import types
@@ -54,6 +55,8 @@ from vision import LayerNorm, PerceiverResampler
 
 FILES = ("config.json", "model.safetensors", "tokenizer.model")
 MOST_NAMELESS = 127  # rows without a name, if they fill a table up to a multiple of 64
+OF_A_LLAMA = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
+              "norm_eps", "rope_theta", "max_seq_len")  # the rest of its config is about pictures
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"
 ADVICE = "give a folder that train.py wrote, such as out/tiny/model, or a published model's"
@@ -222,7 +225,7 @@ def filled(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype | N
     model = shapes(config)
     dtype = dtype or main_dtype(state)
     model.load_state_dict({name: t.to(dtype) for name, t in state.items()}, assign=True)
-    return model.requires_grad_(True)
+    return model
 
 
 def main_dtype(state: dict[str, Tensor]) -> torch.dtype:
@@ -249,11 +252,9 @@ def assemble(vision: str | Path, lm: str | Path, like: ModelConfig | None = None
             raise ValueError(f"{checkpoint.path}: {checkpoint.title}, where {wanted} is needed")
         checkpoint.check()
     like = like or ModelConfig(clip.config.vision, llama.config.decoder)
-    ours, every = like.decoder, like.decoder.cross_attn_every
-    c = llama.config.decoder
-    decoder = replace(c, cross_attn_every=every if c.n_layers % every == 0 else c.cross_attn_every,
-                      cross_attn_mlp=ours.cross_attn_mlp, visible_images=ours.visible_images,
-                      max_images=ours.max_images)
+    c, every = llama.config.decoder, like.decoder.cross_attn_every
+    decoder = replace(like.decoder, **{name: getattr(c, name) for name in OF_A_LLAMA},
+                      cross_attn_every=c.cross_attn_every if c.n_layers % every else every)
     config = replace(like, vision=clip.config.vision, decoder=decoder,
                      special_tokens=llama.config.special_tokens,
                      blank_behind_special=llama.config.blank_behind_special)
@@ -411,6 +412,8 @@ def _from_json(name: str, hint: object, value: object):
         return tuple(_from_json(name, kind, item) for kind, item in zip(kinds, value, strict=True))
     if hint is float and type(value) is int:
         return float(value)
+    if hint is float and type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value}")
     if type(value) is not hint:
         raise ValueError(f"{name} must be {hint.__name__}, not {value!r}")
     if hint is int and value < 0:
@@ -442,10 +445,8 @@ def describe(checkpoint: Checkpoint) -> str:
     for part, values in shown.items():
         if values:
             fields = dataclasses.asdict(values)
-            if part == "decoder" and checkpoint.parts:  # the rest is about pictures
-                names = list(fields)
-                fields = {name: fields[name] for name in names[: names.index("max_seq_len") + 1]
-                          if name != "n_special"}
+            if part == "decoder" and checkpoint.parts:
+                fields = {name: fields[name] for name in OF_A_LLAMA}
             words = (f"{name}={json.dumps(value)}" for name, value in fields.items())
             lines += textwrap.wrap(f"{part:<12}" + " ".join(words), 100,
                                    subsequent_indent=12 * " ", break_on_hyphens=False)
@@ -489,7 +490,7 @@ def main() -> None:
     convert.add_argument("source", nargs="+", help="a whole model, or a CLIP and a LLaMA")
     convert.add_argument("folder", help="the new model folder")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                         help="of the new files (default: as most of the weights)")
+                         help="of the new files (default: the model's, or the LLaMA's)")
     for command in (inspect, convert):
         command.add_argument("--set", action="append", default=[], metavar="PART.FIELD=VALUE",
                              help="correct what the files say, such as decoder.norm_eps=1e-5")

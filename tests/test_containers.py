@@ -155,6 +155,15 @@ def test_shards_are_read_by_their_index_whatever_their_order_or_total_size(tmp_p
     refused(tmp_path, "a.safetensors: is missing")
 
 
+def test_of_two_files_with_a_tensor_the_index_says_whose_it_is(tmp_path):
+    for k, file in enumerate(("a", "b")):
+        write(tmp_path / f"{file}.safetensors", {"x": torch.full((2,), float(k)),
+                                                 file: torch.ones(1)})
+    for k, file in enumerate(("a", "b")):
+        index(tmp_path, {"x": f"{file}.safetensors", "a": "a.safetensors", "b": "b.safetensors"})
+        assert read_tensors(tmp_path)["x"].tolist() == [k, k]
+
+
 def test_a_tensor_that_only_the_index_knows_is_named(tmp_path):
     write(tmp_path / "x.safetensors")
     index(tmp_path, {"b": "x.safetensors", "d": "x.safetensors"})

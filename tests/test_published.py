@@ -158,6 +158,16 @@ def test_the_config_says_it_before_any_name_does(files, tmp_path):
     assert vision.mean == (0.5,) * 3 and vision.std == (0.25,) * 3
 
 
+def test_a_tags_pictures_hold_where_the_config_is_silent(files, tmp_path):
+    squashed, half = tmp_path / "DFN5B-CLIP-ViT-H-14", tmp_path / "CLIP-ViT-L-14-laion2B-s32B-b82K"
+    for folder in (squashed, half):
+        checkpoints.write_openclip(folder, files[1])
+    assert read_checkpoint(squashed).config.vision.resize == "squash"
+    assert read_checkpoint(half).config.vision.mean == (0.5,) * 3
+    checkpoints.write_openclip(squashed, files[1], resize_mode="shortest")
+    assert read_checkpoint(squashed).config.vision.resize == "crop"
+
+
 @pytest.mark.parametrize("preset, says", [
     (dict(resize_mode="longest"), "resize_mode 'longest'"),
     (dict(interpolation="bilinear"), "interpolation 'bilinear'"),

@@ -308,6 +308,8 @@ BAD = [
     (["ViT.pt", "llama", "--set", "decoder.norm=1"], "decoder.norm: no such field"),
     (["ViT.pt", "llama", "--set", "norm_eps=1"], "--set norm_eps=1: write PART.FIELD=VALUE"),
     (["ViT.pt", "llama", "--set", "decoder.dim=wide"], "DecoderConfig.dim must be int"),
+    (["ViT.pt", "llama", "--set", "decoder.norm_eps=NaN"], "norm_eps must be a finite number"),
+    (["ViT.pt", "llama", "--set", "decoder.rope_theta=Infinity"], "must be a finite number"),
     (["ViT.pt", "llama", "--set", "decoder.dim=65"],
      "tensor model.layers.0.self_attn.k_proj.weight (our blocks.0.attn.k_proj.weight) has shape "
      "(64, 64), the model's is (64, 65)"),
