@@ -45,8 +45,8 @@ from kernels.backend import INTERPRETED, triton
 from model import VisionLanguageModel
 from published import HF_LLAMA, META_LLAMA
 from resources import resources
-from vision import VisionConfig, VisionTransformer
-from weights import filled, new_parts, read_checkpoint
+from vision import VisionConfig
+from weights import filled, read_checkpoint, shapes
 
 
 def main() -> None:
@@ -606,13 +606,14 @@ def load_once(way: str, folder: str) -> None:
 
 
 def open_llama(folder: Path) -> VisionLanguageModel:
-    """A published decoder in our model, beside the smallest ViT and one new gated block."""
+    """A published decoder in our model; what is not in its files, a tiny ViT and one block, is 0."""
     llama = read_checkpoint(folder).check()
     decoder = replace(llama.config.decoder, cross_attn_every=llama.config.decoder.n_layers)
     eye = VisionConfig(image_size=14, dim=64, n_layers=1, n_heads=1, hidden_dim=64, embed_dim=None)
     config = replace(llama.config, vision=eye, decoder=decoder)
-    vision = {f"vision.{name}": t for name, t in VisionTransformer(eye).state_dict().items()}
-    return filled(config, llama.state | vision | new_parts(config, llama.state))
+    rest = {name: torch.zeros(p.shape) for name, p in shapes(config).named_parameters()
+            if name not in llama.state}
+    return filled(config, llama.state | rest)
 
 
 def memory() -> dict[str, float]:
