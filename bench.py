@@ -606,7 +606,7 @@ def load_once(way: str, folder: str) -> None:
 
 
 def open_llama(folder: Path) -> VisionLanguageModel:
-    """A published decoder in our model; what is not in its files, a tiny ViT and one block, is 0."""
+    """A published decoder in our model. Its files hold no ViT and no gated block: those are 0."""
     llama = read_checkpoint(folder).check()
     decoder = replace(llama.config.decoder, cross_attn_every=llama.config.decoder.n_layers)
     eye = VisionConfig(image_size=14, dim=64, n_layers=1, n_heads=1, hidden_dim=64, embed_dim=None)
