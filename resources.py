@@ -5,7 +5,9 @@ bench.py calls it. Triton compiles for any target; ptxas and cuobjdump come with
 
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from config import UserError
@@ -87,10 +89,12 @@ def resources() -> list[dict]:
     rows = []
     print(f"{'kernel':38}{'tile':>12}{'warps':>7}{'regs':>6}{'spill':>7}{'shared':>9}{'mma':>6}"
           f"{'wgmma':>7}{'cp.async':>10}")
+    pool = ProcessPoolExecutor()
     for arch in LIMIT:
         print(f"sm{arch}", flush=True)
-        for build in builds(arch):
-            row = compile_for(build, arch)
+        numbers = range(len(builds(arch)))
+        for build, row in zip(builds(arch), pool.map(partial(compile_number, arch), numbers),
+                              strict=True):
             rows.append(row)
             tile = f"{row['block_m']} x {row['block_n']}" if row["block_m"] else ""
             print(f"{build.label:38}{tile:>12}{build.warps:7}{row['registers']:6}"
@@ -98,6 +102,11 @@ def resources() -> list[dict]:
                   f"{row['cp_async']:10}",
                   flush=True)
     return rows
+
+
+def compile_number(arch: int, number: int) -> dict:
+    """A build by its number, for a kernel cannot be sent to another process."""
+    return compile_for(builds(arch)[number], arch)
 
 
 def compile_for(build: Build, arch: int) -> dict:
