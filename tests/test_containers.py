@@ -3,9 +3,11 @@
 pytest tests/test_containers.py
 """
 
+import io
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import zipfile
@@ -228,3 +230,214 @@ def test_reading_takes_no_memory_of_its_own(tmp_path, name):
                           capture_output=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 8000  # kB
+
+
+# ---------------------------------------------------------------------- whatever stands in a file
+
+
+class Odd(torch.nn.Module):
+    """Tensors of every dtype that archives hold, views of one storage, and attributes of none."""
+
+    sizes: list[int]
+    nothing: torch.Tensor | None
+
+    def __init__(self):
+        super().__init__()
+        base = torch.arange(24.0)
+        buffers = dict(half16=base.half(), brain=base.bfloat16(), double64=base.double(),
+                       int32=torch.arange(3, dtype=torch.int32), int64=torch.arange(3),
+                       truth=torch.tensor([True, False]), empty=torch.empty(0, 3),
+                       scalar=torch.tensor(4.6), turned=base.view(4, 6).T, part=base[5:9],
+                       every_second=base[::2], shared=base)
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+        self.sizes, self.nothing, self.word = [1, 2], None, "word"
+        self.inner = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(),
+                                         torch.nn.LayerNorm(3))
+
+    def forward(self, x):
+        return x
+
+
+def test_torchscript_is_read_whatever_its_tensors_are_and_stands_between_them(tmp_path):
+    torch.jit.save(torch.jit.script(Odd()), tmp_path / "odd.pt")
+    theirs = torch.jit.load(tmp_path / "odd.pt").state_dict()
+    assert len(theirs) == 16 and same(read_tensors(tmp_path / "odd.pt"), dict(theirs))
+
+
+def test_the_root_of_an_archive_may_have_any_name(tmp_path):
+    for name in ("ViT-L-14.pt", "archive"):
+        path = tmp_path / name / "x.pt"
+        path.parent.mkdir()
+        torch.jit.save(torch.jit.script(Odd()), path.with_name("renamed.pt"))
+        path.with_name("renamed.pt").rename(path)
+        assert "scalar" in read_tensors(path)
+
+
+CALLS = {"os:system": "touch {}", "posix:system": "touch {}", "subprocess:getoutput": "touch {}",
+         "builtins:eval": "open('{}', 'w')", "builtins:exec": "open('{}', 'w')",
+         "__builtin__:eval": "open('{}', 'w')", "io:open": "{}", "torch:load": "{}"}
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "zip", "legacy", "bare pickle"])
+@pytest.mark.parametrize("call", CALLS)
+def test_no_function_that_a_pickle_names_is_called(tmp_path, kind, call):
+    module, name = call.split(":")
+    argument = CALLS[call].format(tmp_path / "exploded")
+    bomb = b"\x80\x04" + b"".join(
+        b"\x8c" + bytes([len(word)]) + word for word in (module.encode(), name.encode())
+    ) + b"\x93X" + len(argument).to_bytes(4, "little") + argument.encode() + b"\x85R."
+    path = tmp_path / "evil.pt"
+    if kind in ("torchscript", "zip"):
+        with zipfile.ZipFile(path, "w") as archive:
+            for file, content in (("data.pkl", bomb), ("version", b"3\n"), ("byteorder", b"little"),
+                                  ("constants.pkl", pickle.dumps(())))[: 4 - (kind == "zip")]:
+                archive.writestr(f"evil/{file}", content)
+    elif kind == "legacy":
+        whole = io.BytesIO()
+        torch.save({}, whole, _use_new_zipfile_serialization=False)
+        path.write_bytes(whole.getvalue().replace(pickle.dumps({}, 2), bomb))
+        assert bomb in path.read_bytes()
+    else:
+        path.write_bytes(bomb)
+    refused(path, "evil.pt: ")
+    assert not (tmp_path / "exploded").exists()
+
+
+KINDS = ("x.safetensors", "x.bin", "legacy.pth", "consolidated.00.pth", "script.pt")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, bytes]:
+    place = tmp_path_factory.mktemp("files")
+    write(place / "x.safetensors")
+    write(place / "x.bin")
+    write(place / "consolidated.00.pth")
+    torch.save(TENSORS, place / "legacy.pth", _use_new_zipfile_serialization=False)
+    torch.jit.save(torch.jit.script(Odd()), place / "script.pt")
+    return {path.name: path.read_bytes() for path in place.iterdir()}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_wherever_a_file_is_cut_it_is_named_and_gives_nothing(tmp_path, files, name):
+    whole = files[name]
+    for n in range(0, len(whole), max(1, len(whole) // 300)):
+        (tmp_path / name).write_bytes(whole[:n])
+        refused(tmp_path / name, f"{name}: ")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_wrong_bits_are_one_line_or_tensors_and_nothing_else(tmp_path, files, name):
+    luck = random.Random(name)
+    for _ in range(250):
+        content = bytearray(files[name])
+        ends = (0, min(len(content), 1200)), (max(0, len(content) - 3000), len(content))
+        for _ in range(luck.choice((1, 1, 2, 8))):
+            place = luck.randrange(*luck.choice(ends))
+            content[place] ^= 1 << luck.randrange(8) if luck.random() < 0.7 else content[place]
+        (tmp_path / name).write_bytes(content)
+        try:
+            tensors = read_tensors(tmp_path / name)
+        except ValueError as error:
+            assert f"{name}: " in str(error) and "\n" not in str(error)
+        else:
+            assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("value, says", [
+    ([torch.ones(2)], "holds a list"), (torch.ones(2), "holds a Tensor"),
+    (None, "holds a NoneType"), ("words", "holds a str"),
+    ({"a": [torch.ones(2)]}, "a is a list, not a tensor"),
+    ({"a": {"b": torch.ones(2)}}, "a is a dict"), ({"a": None}, "a is a NoneType"),
+    ({"state_dict": 3}, "state_dict is a int"), ({"state_dict": [1]}, "state_dict is a list"),
+    ({"state_dict": {"a": 1.5}}, "a is a float"),
+])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_is_not_a_tensor_by_its_name_is_named(tmp_path, value, says, zipped):
+    torch.save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    refused(tmp_path / "x.pt", f"x.pt: {says}")
+
+
+@pytest.mark.parametrize("junk", [b"", b"<html>404 Not Found</html>", "cut", "pointer", None])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_the_shard_that_is_damaged_is_the_one_that_is_named(tmp_path, suffix, junk):
+    for k, name in enumerate(TENSORS):
+        write(tmp_path / f"m-{k}.{suffix}", {name: TENSORS[name]})
+    places = {name: f"m-{k}.{suffix}" for k, name in enumerate(TENSORS)}
+    stem = "pytorch_model" if suffix == "bin" else "model"
+    (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": places}))
+    assert same(read_tensors(tmp_path))
+    bad = tmp_path / f"m-1.{suffix}"
+    content = {"cut": bad.read_bytes()[:-5], "pointer": b"version https://git-lfs.github.com/spec"}
+    if junk is None:
+        bad.unlink()
+    else:
+        bad.write_bytes(content.get(junk, junk))
+    refused(tmp_path, f"m-1.{suffix}: " + ("is a Git LFS pointer" if junk == "pointer" else
+                                            "is missing" if junk is None else ""))
+
+
+@pytest.mark.parametrize("junk", [b"\xff\xfe", b"null", b'{"weight_map": {"a": null}}',
+                                  b'{"weight_map": {"a": ["x.bin"]}}', b'{"weight_map": ["x.bin"]}',
+                                  b'{"metadata": {"total_size": 3}}', b"[" * 9])
+def test_an_index_of_anything_but_files_is_named(tmp_path, junk):
+    (tmp_path / "model.safetensors.index.json").write_bytes(junk)
+    refused(tmp_path, "model.safetensors.index.json: ")
+
+
+def test_of_two_shards_with_the_same_name_the_index_chooses(tmp_path):
+    write(tmp_path / "a.safetensors", {"x": torch.ones(2), "y": torch.ones(2)})
+    write(tmp_path / "b.safetensors", {"x": torch.zeros(2), "z": torch.zeros(2)})
+    index(tmp_path, {"x": "a.safetensors", "y": "a.safetensors", "z": "b.safetensors"})
+    assert torch.equal(read_tensors(tmp_path)["x"], torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "consolidated.pth"])
+def test_a_consolidated_file_without_a_number_is_a_file_like_others(tmp_path, name):
+    assert same(read_tensors(write(tmp_path / name)))  # Mistral's; LLaMA-3.2's
+
+
+def test_metas_missing_first_file_and_a_damaged_second_one_are_named(tmp_path):
+    for k in range(2):
+        write(tmp_path / f"consolidated.{k:02d}.pth", {"output.weight": torch.ones(2, 3)})
+    (tmp_path / "consolidated.01.pth").write_bytes(b"<html>404 Not Found</html>")
+    refused(tmp_path, "consolidated.01.pth: ")
+    (tmp_path / "consolidated.00.pth").unlink()
+    refused(tmp_path / "consolidated.01.pth", "consolidated.00.pth: is missing")
+
+
+def test_metas_merge_keeps_dtypes_and_takes_what_is_whole_from_the_first(tmp_path):
+    for k in range(12):  # 10 and 11 come behind 9
+        write(tmp_path / f"consolidated.{k:02d}.pth", {
+            "layers.0.attention.wq.weight": torch.full((1, 2), k).bfloat16(),
+            "tok_embeddings.weight": torch.full((2, 1), float(k)).half(),
+            "norm.weight": torch.full((3,), float(k)), "rope.freqs": torch.ones(2)})
+    whole = read_tensors(tmp_path)
+    assert whole["layers.0.attention.wq.weight"][:, 0].tolist() == list(range(12))
+    assert whole["tok_embeddings.weight"][1].tolist() == list(range(12))
+    assert whole["norm.weight"].tolist() == [0, 0, 0]
+    assert [t.dtype for t in whole.values()] == [torch.bfloat16, torch.float16, torch.float32,
+                                                 torch.float32]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own counts")
+def test_shards_and_metas_single_file_are_mapped_too(tmp_path):
+    big = {f"t{i}": torch.randn(2**21) for i in range(8)}  # 64 MB in each folder
+    for folder in ("hf", "meta"):
+        (tmp_path / folder).mkdir()
+    for k in range(2):
+        write(tmp_path / "hf" / f"m-{k}.safetensors", dict(list(big.items())[k::2]))
+    index(tmp_path / "hf", {name: f"m-{i % 2}.safetensors" for i, name in enumerate(big)})
+    write(tmp_path / "meta" / "consolidated.00.pth", big)
+    code = (
+        "import re, sys; from containers import read_tensors\n"
+        "own = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "read_tensors(sys.argv[1])\n"
+        "for folder in sys.argv[2:]:\n"
+        "    before = own(); t = read_tensors(folder); s = [x.sum() for x in t.values()]\n"
+        "    print(own() - before)\n")
+    small = [write(tmp_path / "small.bin")]
+    done = subprocess.run([sys.executable, "-c", code, *small, tmp_path / "hf", tmp_path / "meta"],
+                          text=True, capture_output=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert max(map(int, done.stdout.split())) < 8000  # kB

@@ -15,6 +15,7 @@ from data import Text, collate, collate_options, encode
 from kernels import set_backend
 from model import Output
 from parallel import contrastive_loss, full_state, losses, shard, train_step
+from vision import ResamplerConfig
 from weights import load_model, save_model
 
 
@@ -191,3 +192,35 @@ def test_two_ranks_compute_with_every_backend_what_one_does(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     for rank in (0, 1):
         assert results[rank] == (pytest.approx(means[0], rel=1e-5), pytest.approx(norm, rel=1e-5))
+
+
+def shard_of_three(rank: int, store: str, folder: Path, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    model, _ = load_model(folder)
+    mapped = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shard(model, torch.float32)
+    own = {name: len(p.to_local()) for name, p in model.named_parameters()}
+    whole = full_state(model)
+    results[rank] = own, [name for name, tensor in mapped.items()
+                          if whole[name].dtype != torch.float32
+                          or not torch.equal(whole[name], tensor.float())]
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_parameters_that_do_not_divide_over_three_ranks_are_whole_again(tiny_model, tokenizer,
+                                                                        tmp_path):
+    model = tiny_model(resampler=ResamplerConfig(n_latents=5, n_layers=1, n_heads=2, head_dim=16,
+                                                 hidden_dim=40), contrastive_dim=7, hidden_dim=67)
+    model.to(torch.bfloat16)
+    save_model(tmp_path / "model", model.config, model.state_dict(), tokenizer)
+    results = mp.Manager().dict()
+    mp.spawn(shard_of_three, (str(tmp_path / "store"), tmp_path / "model", results), nprocs=3)
+    rows = {name: len(p) if p.ndim else 1 for name, p in model.named_parameters()}
+    assert {n % 3 for n in rows.values()} == {0, 1, 2} and min(rows.values()) == 1
+    for rank in range(3):
+        own, wrong = results[rank]
+        assert not wrong and own.keys() == rows.keys()
+    for name, n in rows.items():
+        held = [results[rank][0][name] for rank in range(3)]
+        assert sum(held) == n and max(held) == -(-n // 3), name

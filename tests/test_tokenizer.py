@@ -457,3 +457,202 @@ def test_a_corpus_that_cannot_be_learned_is_one_line(tmp_path, cli, content, siz
                        "--out", tmp_path / "mine.model")
     assert code == 2 and says in err and err.count("\n") == 1
     assert not (tmp_path / "mine.model").exists()
+
+
+# ------------------------------------------------------------- published vocabularies, in documents
+
+FAKE, END = "<fake_token_around_image>", "<end_of_utterance>"
+SAID = st.lists(st.sampled_from([*WORDS, *MARKS, "</s>", BLANK, "a", "?"]), min_size=1,
+                max_size=5).map("".join)
+ASKED = st.lists(st.tuples(st.integers(0, 3), SAID, SAID), min_size=1, max_size=3)
+
+
+def wrapped(n: int) -> str:
+    """n pictures side by side, as IDEFICS' processor writes them."""
+    return FAKE + ("<image>" + FAKE) * n if n else ""
+
+
+def without_marks(text: str) -> str:
+    """A mark in a user's words would be a special token to Hugging Face; to us it never is."""
+    for name in (*MARKS, "<s>", "</s>"):
+        text = text.replace(name, "x")
+    return text.strip(" ") or "x"
+
+
+@settings(deadline=None, max_examples=200)
+@given(ASKED)
+@example([(2, "What?", "a cat"), (0, "\n", "\n"), (1, "12", "🐈")])
+def test_whole_conversations_of_idefics_have_the_ids_of_hugging_face(like_llama, asked):
+    t = Tokenizer(like_llama, MARKS, "idefics-instruct")
+    asked = [(n, without_marks(q), without_marks(a)) for n, q, a in asked]
+    *before, (n, question, _) = [(list(range(n)), q, a) for n, q, a in asked]
+    document = chat_document([*before, (n, question, None)], t.chat)
+    string, start = "<s>", "User:"
+    for n, question, answer in asked:
+        string += f"{start} {question}{wrapped(n)}{END}\nAssistant: {answer}{END}"
+        start = "\nUser:"
+    string = string[: -len(f" {asked[-1][2]}{END}")]  # the last one is to be answered
+    theirs = hugging_faces(like_llama, True).encode(string)
+    assert encode(document, t, end=False).ids == theirs.ids
+
+
+def test_the_ids_of_a_second_turn_of_idefics_by_hand(like_llama):
+    t = Tokenizer(like_llama, MARKS[1:], "idefics-instruct")
+    n, newline = t.vocab_size, [t.pieces.piece_to_id(BLANK), t.pieces.piece_to_id("<0x0A>")]
+    assistant, user = (t.pieces.encode("\n" + word)[2:] for word in ("Assistant:", "User: a"))
+    assert assistant[0] != newline[0]  # behind the newline: no blank of its own
+    turns = [(["p", "q"], "red", "cat"), (["r"], "a", None)]
+    told = encode(chat_document(turns, t.chat), t, end=False)
+    assert told.ids == [
+        t.bos_id, *t.pieces.encode("User: red"), n, n + 1, n, n + 1, n, n + 2,
+        *newline, *assistant, *t.pieces.encode("cat"), n + 2,
+        *newline, *user, n, n + 1, n, n + 2, *newline, *assistant]
+    learned = [i for i, learn in zip(told.ids, told.learn, strict=True) if learn]
+    assert learned == [*t.pieces.encode("cat"), n + 2] and told.images == ["p", "q", "r"]
+
+
+@pytest.mark.parametrize("chat", ["nanovilla", "idefics-instruct", "idefics"])
+@pytest.mark.parametrize("blank_behind_special", RULES)
+@settings(deadline=None, max_examples=60)
+@given(ASKED)
+@example([(1, "<image></s><s>", "<end_of_utterance>")])
+def test_no_words_of_a_conversation_are_a_picture_or_an_end(like_llama, chat, blank_behind_special,
+                                                             asked):
+    names = SPECIAL_TOKENS if chat == "nanovilla" else MARKS
+    t = Tokenizer(like_llama, names, chat, blank_behind_special)
+    turns = [(list(range(n)), q, a) for n, q, a in asked]
+    ids = encode(chat_document(turns, chat), t).ids
+    n_shown = sum(n for n, _, _ in asked)
+    assert ids.count(t.image_id) == n_shown
+    assert ids.count(t.bos_id) == ids.count(t.eos_id) == 1 and ids[-1] == t.eos_id
+    assert ids.count(t.end_id) == (0 if chat == "idefics" else 2 * len(turns))
+    if chat == "idefics-instruct":
+        assert ids.count(t.special_id(FAKE)) == sum(n + 1 for n, _, _ in asked if n)
+    assert t.special_id(names[0]) not in ids or chat == "nanovilla"  # <pad>
+
+
+@pytest.mark.parametrize("chat, stop, silent", [
+    ("idefics-instruct", (END, "</s>"), (FAKE, "<image>")),
+    ("idefics", ("\n", "</s>"), (FAKE, "<image>")),
+    ("nanovilla", (END, "</s>"), ("<image>", "<ret>")),
+])
+def test_an_answer_ends_where_its_chat_ends_and_never_says_a_picture(like_llama, chat, stop,
+                                                                    silent):
+    names = SPECIAL_TOKENS if chat == "nanovilla" else MARKS[1:] if "in" in chat else MARKS[1:3]
+    t = Tokenizer(like_llama, names, chat)
+    ids = {name: t.special_id(name) for name in names} | {
+        "</s>": t.eos_id, "\n": t.pieces.piece_to_id("<0x0A>")}
+    assert t.stop_ids == tuple(ids[name] for name in stop)
+    assert set(t.picture_ids) == {ids[name] for name in silent}
+
+
+class Watched:
+    """A SentencePiece processor that is asked for pieces only."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def __getattr__(self, name):
+        call = getattr(self.pieces, name)
+
+        def checked(argument):
+            assert not isinstance(argument, int) or 0 <= argument < self.pieces.vocab_size()
+            assert not isinstance(argument, list)
+            return call(argument)
+
+        return checked
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_ids_beyond_the_vocabulary_never_reach_sentencepiece(like_llama, data):
+    t = Tokenizer(like_llama, ("<pad>", *SPECIAL_TOKENS))
+    last = t.vocab_size + 3
+    ids = data.draw(st.lists(st.one_of(st.integers(0, last), st.integers(last - 5, last))))
+    t.pieces = Watched(t.pieces)
+    stream = StreamDecoder(t)
+    shown = "".join(map(stream.push, ids)) + stream.flush()
+    assert shown == t.decode(ids)
+    for name in t.special_tokens:
+        assert shown.count(name) == ids.count(t.special_id(name))
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"IQ== 0\nIg== 1\n", "LLaMA-1's or LLaMA-2's tokenizer"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 499723\n", "git lfs pull"),
+    (b"<html>404 Not Found</html>", "not a SentencePiece model"),
+    (b'{"version": "1.0", "added_tokens": []}', "not a SentencePiece model"),
+    (b"PK\x03\x04" + b"\0" * 40, "not a SentencePiece model"), (b"", "not a SentencePiece model"),
+])
+def test_another_file_in_the_tokenizers_place_is_one_line_of_what_it_is(tmp_path, content, says):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=says) as error:
+        Tokenizer(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_where_files_disagree_on_a_name_the_newest_kind_of_file_is_believed(tmp_path):
+    for file, values in (
+        ("added_tokens.json", {"<old>": 400, "<only>": 401}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"400": {"content": "<newer>"}}}),
+        ("tokenizer.json", {"added_tokens": [{"id": 400, "content": "<newest>"},
+                                             {"id": 2, "content": "</s>"}]}),
+    ):
+        (tmp_path / file).write_text(json.dumps(values))
+        first = published.names_behind(tmp_path, 400, 402)[0]
+        assert first == {"added": "<old>", "tokenizer_config": "<newer>"}.get(
+            file.removesuffix(".json").removesuffix("_tokens"), "<newest>")
+    assert published.names_behind(tmp_path, 400, 402)[1] == "<only>"
+    assert published.names_behind(tmp_path, 402, 402) == []
+
+
+@pytest.mark.parametrize("before, blank", [
+    ({"type": "Sequence", "pretokenizers": [{"type": "Metaspace", "prepend_scheme": "first"}]},
+     False),
+    ({"type": "Sequence", "pretokenizers": [
+        {"type": "Split"}, {"type": "Metaspace", "prepend_scheme": "always"}]}, True),
+    (None, True),
+])
+def test_a_sequence_of_steps_says_it_as_its_only_step_would(tmp_path, before, blank):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": before,
+                                                         "normalizer": None}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": not blank}))
+    assert published.blank_behind_special(tmp_path) == blank  # the fast one is believed
+
+
+@pytest.mark.parametrize("size", [-1, 0, 10, "many", 2**31, 10**30])
+def test_an_impossible_size_of_a_vocabulary_is_one_line_and_no_file(tmp_path, cli, size):
+    (tmp_path / "corpus.txt").write_text("\n".join(world.corpus(20)))
+    code, said, err = cli(tokenizer_module, "train", tmp_path / "corpus.txt", "--vocab-size", size,
+                          "--out", tmp_path / "mine.model")
+    assert (code, said, err.count("\n")) == (2, "", 1) and str(size) in err
+    assert not (tmp_path / "mine.model").exists()
+
+
+@pytest.mark.parametrize("out", ["nowhere/mine.model", "corpus.txt/mine.model", "folder", ""])
+def test_a_tokenizer_is_not_trained_for_a_place_that_cannot_be(tmp_path, cli, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "corpus.txt").write_text("a red cat")
+    monkeypatch.setattr(tokenizer_module, "train_tokenizer", lambda *_: pytest.fail("trained"))
+    code, _, err = cli(tokenizer_module, "train", "corpus.txt", "--vocab-size", 300, "--out", out)
+    assert code == 2 and err.count("\n") == 1 and f"--out {out}:" in err
+
+
+@pytest.mark.parametrize("text", ["a red cat\r\n" * 9, "\ufeffa red cat\n", "tab\there\0\n",
+                                  "🐈👩\u200d👧 é e\u0301\n", "red cat " * 2000])
+def test_any_text_that_a_small_corpus_holds_comes_back(tmp_path, cli, text):
+    (tmp_path / "corpus.txt").write_bytes(text.encode())
+    out = tmp_path / "mine.model"
+    code, said, err = cli(tokenizer_module, "train", tmp_path / "corpus.txt", "--vocab-size", 5000,
+                          "--out", out)
+    assert (code, err) == (0, "") and 256 < int(said.split()[-2]) < 5000  # fewer than asked for
+    t = Tokenizer(out)
+    assert t.decode(t.encode(text)) == text
+
+
+def test_words_of_a_very_long_line_are_learned_like_others(tmp_path):
+    train_tokenizer(["the quick brown fox " * 500], tmp_path / "t.model", 5000)
+    t = Tokenizer(tmp_path / "t.model")
+    assert len(t.encode("the quick brown fox")) <= 4

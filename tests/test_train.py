@@ -23,10 +23,12 @@ from PIL import Image
 import sample
 import train
 from config import TrainConfig
+from data import DrawnWorld, Pairs, Samples
 from model import VisionLanguageModel
 from tests import checkpoints
+from tokenizer import Tokenizer
 from vision import open_image
-from weights import load_model
+from weights import BUILT_IN, load_model, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--batch-size", "8", "--workers", "0", "--exam-questions", "1", "--eval-questions", "1"]
@@ -471,3 +473,100 @@ def test_photographs_are_learned_by_heart(tmp_path, cli, init):
     finish(start("--data", "photos", "--init", init, cwd=tmp_path))
     captions = {Path(name).stem: caption for name, caption in PHOTOGRAPHS.items()}
     assert says(tmp_path / "out" / "photos" / "model", photos, cli) == captions
+
+
+# ---------------------------------------------------------------------- starting from what is there
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A CLIP and a LLaMA in half precision, and an IDEFICS."""
+    place = tmp_path_factory.mktemp("parts")
+    checkpoints.write_torchscript(place / "ViT.pt", checkpoints.hf_clip())
+    checkpoints.hf_llama(place / "llama", dtype=torch.bfloat16)
+    checkpoints.hf_idefics(place / "idefics")
+    return place
+
+
+def test_published_parts_start_as_they_were_published_and_new_ones_by_the_seed(parts):
+    def start_of(seed: int) -> dict[str, torch.Tensor]:
+        config = TrainConfig(vision=str(parts / "ViT.pt"), lm=str(parts / "llama"), seed=seed)
+        return train.initial_model(config)[0].state_dict()
+
+    one, same, other = start_of(1), start_of(1), start_of(2)
+    theirs = read_checkpoint(parts / "ViT.pt").state | read_checkpoint(parts / "llama").state
+    for name, tensor in theirs.items():
+        assert torch.equal(one[name].float(), tensor.float()), name
+    assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
+    differ = {name.split(".")[0] for name, t in one.items() if not torch.equal(t, other[name])}
+    assert {"cross_blocks", "special_embed", "special_head"} <= differ
+    assert not differ & {name.split(".")[0] for name in theirs}
+    assert not any(t.any() for name, t in one.items() if name.endswith("_gate"))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--vision", "ViT.pt", "--lm", "ViT.pt"], "where a LLaMA is needed"),
+    (["--vision", "llama", "--lm", "llama"], "where a CLIP is needed"),
+    (["--vision", "idefics", "--lm", "llama"], "where a CLIP is needed"),
+    (["--vision", "nowhere", "--lm", "llama"], "nowhere: no such folder or file"),
+    (["--init", "llama"], "half a model"), (["--init", "ViT.pt"], "is a file, no folder"),
+])
+def test_what_cannot_be_started_from_is_one_line_and_makes_no_folder(parts, tmp_path, cli, flags,
+                                                                     says, monkeypatch):
+    monkeypatch.chdir(parts)
+    code, out, err = cli(train, *flags, "--out", tmp_path / "run")
+    assert (code, out, err.count("\n")) == (2, "", 1) and says in err
+    assert not (tmp_path / "run").exists()
+
+
+def of_idefics(parts: Path) -> tuple:
+    model, tokenizer = load_model(parts / "idefics")
+    return model.config, tokenizer
+
+
+def test_captions_are_not_searched_for_in_a_vocabulary_without_ret(parts, tmp_path):
+    captions = picture_folder(tmp_path / "mine")
+    pairs = [(tmp_path / "mine" / f"{name}.jpg", words) for name, words in captions.items()]
+    config, theirs = of_idefics(parts)
+    ours = Tokenizer(BUILT_IN / "tokenizer.model")
+    for tokenizer, n in ((theirs, 2), (ours, 3)):
+        samples = Samples(Pairs(pairs, 0, tokenizer.chat), tokenizer, config.decoder)
+        for index in range(len(pairs)):
+            documents = samples[index]
+            assert len(documents) == n and sum(len(d.rets) for d in documents) == n - 2
+            assert all(max(d.ids) < tokenizer.vocab_size + tokenizer.n_special for d in documents)
+    asked = samples.tokenizer.decode(documents[-1].ids)
+    assert "What is in the picture?" in asked
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "instruct"])
+def test_no_scene_of_the_drawn_world_is_empty_in_a_vocabulary_without_ret(parts, stage):
+    config, tokenizer = of_idefics(parts)
+    model = train.source(TrainConfig(), [], stage, config)
+    assert isinstance(model, DrawnWorld)
+    longest = config.decoder.max_seq_len
+    samples = Samples(model, tokenizer, config.decoder)
+    for index in range(60):
+        sample_ = samples[index]
+        if isinstance(sample_, str):
+            assert f"longer than max_seq_len {longest}" in sample_
+        else:
+            assert sample_ and not any(document.rets for document in sample_)
+
+
+@pytest.mark.slow
+def test_idefics_learns_on_two_processes_as_on_one_and_is_gone_on_with(parts, tmp_path, cli):
+    picture_folder(tmp_path / "mine")
+    arguments = ("--data", "mine", "--init", parts / "idefics", "--workers", 0, "--batch-size", 4,
+                 "--steps", 4, "--checkpoint-every", 2)
+    finish(start(*arguments, "--out", "one", cwd=tmp_path))
+    finish(start(*arguments, "--out", "two", ranks=2, cwd=tmp_path))
+    assert_same_losses(curve(tmp_path / "one"), curve(tmp_path / "two"))
+    assert all(line["contrastive"] == 0 for line in log(tmp_path / "one") if "loss" in line)
+    before = (tmp_path / "one" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / "step_00000004")
+    finish(start("--resume", "one", cwd=tmp_path))
+    assert (tmp_path / "one" / "model" / "model.safetensors").read_bytes() == before
+    code, out, err = cli(sample, "--model", tmp_path / "one" / "model", "--image",
+                         tmp_path / "mine" / "red.jpg", "--prompt", "hi", "--max-new-tokens", 3)
+    assert code == 0 and out.endswith("\n"), err

@@ -390,3 +390,214 @@ def test_a_table_far_larger_than_the_tokenizer_is_refused(published, tmp_path):
         checkpoints.hf_llama(tmp_path / str(n), vocab_size=n)
         with pytest.raises(ValueError, match=f"330 pieces, the weights have {n}: they do not"):
             assemble(published / "ViT.pt", tmp_path / str(n))
+
+
+# ------------------------------------------------------------------- published files, word by word
+
+
+def of_parts(out: str) -> dict[str, int]:
+    """The parameters by part of what `inspect` prints."""
+    lines = out.splitlines()
+    rows = (line.split() for line in lines[2:] if line.startswith("  ") and line[-1].isdigit())
+    return {name: int(n.replace(",", "")) for name, n in (r for r in rows if len(r) == 2)
+            if name.isidentifier()}
+
+
+WHOLE = {"vision", "resampler", "decoder", "cross_blocks", "special_embed", "special_head"}
+
+
+@pytest.mark.parametrize("name, parts", [
+    ("ViT.pt", {"vision"}), ("openclip", {"vision"}), ("clip", {"vision"}), ("tower", {"vision"}),
+    ("llama", {"decoder"}), ("llama-bin", {"decoder"}), ("meta-1", {"decoder"}),
+    ("meta-2", {"decoder"}), ("idefics", WHOLE), ("ours", WHOLE), ("shards", WHOLE),
+])
+def test_parts_of_an_inspection_add_up_to_its_parameters(published, cli, name, parts):
+    out = cli(weights, "inspect", published / name)[1]
+    counts = of_parts(out)
+    assert set(counts) == parts and all(n > 0 for n in counts.values())
+    assert f"parameters  {sum(counts.values()):,} (" in out
+
+
+def test_the_same_weights_are_as_many_in_every_layout(published, cli):
+    def counted(name: str) -> dict[str, int]:
+        return of_parts(cli(weights, "inspect", published / name)[1])
+
+    assert counted("ViT.pt") == counted("openclip") == counted("clip")
+    assert counted("llama") == counted("llama-bin") == counted("meta-1") == counted("meta-2")
+    assert counted("idefics") == counted("ours") == counted("shards")
+
+
+@pytest.mark.parametrize("name, ignored", [
+    ("ViT.pt", ["context_length", "input_resolution", "vocab_size", "logit_scale",
+                "positional_embedding", "transformer.resblocks.N.ln_1.weight"]),
+    ("clip", ["logit_scale", "text_projection.weight"]),
+    ("llama-bin", ["model.layers.N.self_attn.rotary_emb.inv_freq"]), ("meta-2", ["rope.freqs"]),
+])
+def test_what_is_ignored_is_listed_by_name_and_no_weight_of_ours_is(published, cli, name, ignored):
+    out = cli(weights, "inspect", published / name)[1]
+    listed = out[out.index("\nignored ") : out.index("\nunknown ")].splitlines()[2:]
+    assert set(ignored) <= {line.split()[0] for line in listed}
+    assert not any(line.strip().startswith(("visual.", "vision_model.")) for line in listed)
+
+
+@pytest.mark.parametrize("name, share", [("ViT.pt", "float16"), ("openclip", "float32 100 %")])
+def test_the_share_of_each_dtype_is_said(published, cli, name, share):
+    line = cli(weights, "inspect", published / name)[1].splitlines()[1]
+    shares = [float(part.split()[1]) for part in line[line.index("(") + 1 : -1].split(", ")]
+    assert share in line and sum(shares) == pytest.approx(100, abs=0.1)
+
+
+LLAMAS = ("llama", "llama-bin", "meta-1", "meta-2")
+
+
+@pytest.mark.parametrize("clip", ["ViT.pt", "openclip", "clip", "tower"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_parts_in_either_order_and_any_dtype_make_the_same_folder(published, cli, tmp_path, clip,
+                                                                  dtype):
+    llama = LLAMAS[["ViT.pt", "openclip", "clip", "tower"].index(clip)]
+    sources, changes = [published / clip, published / llama], ["--set", "decoder.norm_eps=0.01"]
+    for name, given in (("one", sources), ("other", sources[::-1])):
+        code, out, err = cli(weights, "convert", *given, tmp_path / name, "--dtype", dtype,
+                             *changes)
+        assert (code, err) == (0, "") and out.endswith(f" parameters, {dtype}\n")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys() and {t.dtype for t in one.values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    for name in ("config.json", "tokenizer.model"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["decoder"]["norm_eps"] == 0.01
+    whole = weights.read_checkpoint(published / llama).state
+    assert all(torch.equal(one[name], t.to(one[name].dtype)) for name, t in whole.items())
+
+
+def test_a_converted_whole_model_is_the_same_model(published, cli, tmp_path):
+    for name in ("idefics", "ours", "shards"):
+        code, out, _ = cli(weights, "convert", published / name, tmp_path / name)
+        assert code == 0 and out == f"{tmp_path / name}: {IDEFICS_N:,} parameters, float32\n"
+        before, after = (load_model(place / name) for place in (published, tmp_path))
+        assert before[0].config == after[0].config
+        for tensor, again in zip(before[0].state_dict().values(), after[0].state_dict().values(),
+                                 strict=True):
+            assert torch.equal(tensor, again)
+
+
+def test_the_folder_and_what_it_was_made_from_give_the_same_answer(published, cli, tmp_path):
+    cli(weights, "convert", published / "idefics", tmp_path / "new")
+    question = ["--image", CAT, "--prompt", "hi", "--max-new-tokens", 4, "--json"]
+    answers = [json.loads(cli(sample, "--model", folder, *question)[1])
+               for folder in (published / "idefics", tmp_path / "new")]
+    assert answers[0]["tokens"] == answers[1]["tokens"] != [] and answers[0]["prompt"] == "hi"
+    assert answers[0]["answer"] == answers[1]["answer"]
+
+
+def test_a_consolidated_safetensors_as_mistral_has_it_is_metas_file_and_stays_as_it_is(
+    published, tmp_path
+):
+    shutil.copy(published / "meta-1" / "params.json", tmp_path)
+    file = tmp_path / "consolidated.safetensors"
+    save_file(weights.read_tensors(published / "meta-1"), file)
+    before = file.read_bytes()
+    found, wanted = map(weights.read_checkpoint, (tmp_path, published / "meta-1"))
+    assert found.title == wanted.title and found.config.decoder == wanted.config.decoder
+    assert found.state.keys() == wanted.state.keys() and file.read_bytes() == before
+    assert all(torch.equal(tensor, wanted.state[name]) for name, tensor in found.state.items())
+
+
+def change(source: Path, folder: Path, what: str) -> Path:
+    """A copy of a LLaMA's folder with one thing wrong."""
+    shutil.copytree(source, folder)
+    file = folder / ("params.json" if (folder / "params.json").is_file() else "config.json")
+    values, tokenizer = json.loads(file.read_text()), folder / "tokenizer.model"
+    tensors = {name: t.clone() for part in folder.glob("*.safetensors")
+               for name, t in load_file(part).items()}
+    if what in CONFIGS:
+        file.write_text(json.dumps(values | CONFIGS[what]))
+    elif what == "no tokenizer":
+        tokenizer.unlink()
+    elif what == "other tokenizer":
+        shutil.copy(weights.BUILT_IN / "tokenizer.model", tokenizer)
+    elif what == "no config":
+        file.unlink()
+    else:
+        {"unknown key": lambda: tensors.update({"model.layers.0.self_attn.q_norm": torch.ones(2)}),
+         "missing key": lambda: tensors.pop("model.norm.weight"),
+         "wrong shape": lambda: tensors.update({"model.norm.weight": torch.ones(63)}),
+         "integers": lambda: tensors.update({"model.norm.weight": torch.ones(64).int()}),
+         }[what]()
+        for old in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+            old.unlink()
+        save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+CONFIGS = {
+    "gemma": dict(model_type="gemma"),
+    "llama3": dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}),
+    "llama3 of old": dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
+    "scaled": dict(use_scaled_rope=True),
+    "half a layer": dict(num_hidden_layers=2.5), "no layer": dict(num_hidden_layers=0),
+    "no heads": dict(num_attention_heads=0), "three heads": dict(num_attention_heads=3),
+    "words": dict(rope_parameters={"rope_theta": "far"}), "null": dict(hidden_size=None),
+}
+WRONG = [
+    ("gemma", "llama", "config.json: model_type 'gemma'"),
+    ("llama3", "llama", "config.json: rope_type 'llama3'"),
+    ("llama3 of old", "llama", "config.json: rope_type 'linear'"),
+    ("scaled", "meta-1", "params.json: use_scaled_rope"),
+    ("half a layer", "llama", "changed: "), ("no layer", "llama", "changed: "),
+    ("no heads", "llama", "changed: "), ("three heads", "llama", "changed: "),
+    ("words", "llama", "changed: "), ("null", "llama", "changed: "),
+    ("no tokenizer", "llama", "changed: tokenizer.model is missing"),
+    ("other tokenizer", "llama", "501 pieces, the weights have 330: they do not belong together"),
+    ("no config", "llama", "config.json: is missing"),
+    ("no config", "meta-2", "params.json: is missing"),
+    ("unknown key", "llama", "tensor model.layers.0.self_attn.q_norm is not part of LLaMA"),
+    ("missing key", "llama", "tensor model.norm.weight (our norm.weight) is missing"),
+    ("wrong shape", "llama",
+     "tensor model.norm.weight (our norm.weight) has shape (63,), the model's is (64,)"),
+    ("integers", "llama", "tensor model.norm.weight (our norm.weight) is torch.int32"),
+]
+
+
+@pytest.mark.parametrize("what, source, says", WRONG, ids=[f"{w} {s}" for w, s, _ in WRONG])
+def test_a_llama_that_is_not_as_it_should_be_is_one_line_and_writes_nothing(
+    published, cli, tmp_path, what, source, says
+):
+    llama = change(published / source, tmp_path / "in" / "changed", what)
+    code, out, err = cli(weights, "convert", published / "ViT.pt", llama, tmp_path / "new")
+    assert (code, out, err.count("\n")) == (2, "", 1) and says in err
+    assert err.startswith("weights.py: ") and "Traceback" not in err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("text", [
+    "decoder.norm_eps=", "decoder.norm_eps=small", "decoder.n_heads=0", "decoder.n_heads=2.5",
+    "decoder.=1", "decoder.norm.eps=1", "vision.activation=swish", "vision.mean=[1,2]",
+    "vision.dim=null", "decoder.n_layers=-4", "decoder.cross_attn_every=3", "vision=3", "=", "",
+    "chat.x=1", "decoder.norm_eps=NaN", "decoder.rope_theta=Infinity",
+])
+def test_a_correction_that_cannot_be_is_one_line_and_writes_nothing(published, cli, tmp_path, text):
+    code, out, err = cli(weights, "convert", published / "ViT.pt", published / "llama",
+                         tmp_path / "new", "--set", text)
+    assert (code, out, err.count("\n")) == (2, "", 1) and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/new", "full", "/proc/nowhere/new"])
+def test_a_place_that_cannot_be_written_is_one_line_and_stays(published, cli, tmp_path, place):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("precious")
+    code, out, err = cli(weights, "convert", published / "ViT.pt", published / "llama",
+                         tmp_path / place)
+    assert (code, out, err.count("\n")) == (2, "", 1) and place in err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["config.json", "file", "full"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name, says", [
+    ("ViT.pt", "is a file, no folder"), ("meta-1", "config.json is missing"),
+    ("clip", "half a model"), ("llama-bin", "half a model"), ("nothing", "no such folder"),
+])
+def test_what_is_no_whole_model_is_not_asked(published, cli, name, says):
+    code, out, err = cli(sample, "--model", published / name, "--prompt", "hi")
+    assert (code, out, err.count("\n")) == (2, "", 1) and says in err
