@@ -1,0 +1,449 @@
+"""Records: a data file is a run of records, found once and from then on read by offset.
+
+    shards/00000.tar        a record is the adjacent members that share a key (a *sample*)
+    documents.jsonl         a line
+    llava.json              an element of its list, or a value of its object
+
+A stream cannot be resumed at sample 1,234,567 without reading all that comes before it. Here the
+first reading writes an index beside the file (`00000.tar.idx`; in a cache folder if that place is
+read-only), 16 bytes a record, and sample n is then one read of its bytes, on any rank or worker.
+
+    header   64 bytes: what was indexed (size, time of change), how many rows of each part
+    rows     offset u64, length u32, hash of the key u32:
+             first the records to train on, then those held out, then those that cannot be used
+
+One record of a thousand is held out by the hash of its key: the same on every machine, whatever
+the order of the samples. Tar members are named and grouped as webdataset does it, img2dataset's
+layout among others; https://github.com/webdataset/webdataset.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+HELD_OUT = 1000  # one record of so many is never trained on
+BLOCK = 512  # bytes; a tar consists of them
+ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("hash", "<u4")])
+HEADER = struct.Struct("<8sQQIQQQI8x")  # magic, size, time, about, rows of each part, cut off
+MAGIC = b"records1"
+OPEN_FILES = 256  # kept open, of each kind
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used: why, in a few words that are counted, and the details.
+
+    `key` is its key, where that is known.
+    """
+
+    def __init__(self, reason: str, details: str = ""):
+        super().__init__(f"{reason}: {details}" if details else reason)
+        self.reason, self.details, self.key = reason, details or reason, ""
+
+
+def hash_of(key: str) -> int:
+    """A key -> 32 bits, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(key.encode(errors="replace"), digest_size=4).digest())
+
+
+# ------------------------------------------------------------------------------- names of files
+
+
+def expand(pattern: str) -> list[str]:
+    """Braces and `::` -> names, as webdataset expands them.
+
+    >>> expand("a/{00..02}.tar::b.tar")
+    ['a/00.tar', 'a/01.tar', 'a/02.tar', 'b.tar']
+    >>> expand("{x,y}{9..11..2}")
+    ['x9', 'x11', 'y9', 'y11']
+    """
+    return [name for part in pattern.split("::") for name in expand_braces(part)]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    parts = re.split(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)  # text, braces, text ...
+    choices = [[part] if i % 2 == 0 else alternatives(part) for i, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in product(*choices)]
+
+
+def alternatives(inside: str) -> list[str]:
+    """What stands between braces -> what it stands for."""
+    number = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?", inside)
+    if not number:
+        return inside.split(",") if "," in inside else ["{" + inside + "}"]
+    first, last, step = number.groups()
+    padded = [end for end in (first, last) if re.match(r"-?0\d", end)]
+    width = max(map(len, (first, last))) if padded else 0
+    low, high, by = int(first), int(last), abs(int(step or 1)) or 1
+    values = range(low, high + 1, by) if low <= high else range(low, high - 1, -by)
+    return [f"{value:0{width}d}" for value in values]
+
+
+# ----------------------------------------------------------------------------------------- tars
+
+
+class Member(NamedTuple):
+    """A file in a tar: where its header (with any long name) and its content stand."""
+
+    start: int
+    name: str
+    offset: int
+    size: int
+
+
+class CutOff(Exception):
+    """The tar ends in the middle, or goes on with something else than a tar."""
+
+
+def tar_members(data: bytes | mmap.mmap, start: int = 0, known: bool = False
+                ) -> Iterator[Member]:
+    """All regular files of a tar (ustar, GNU or pax), in order; CutOff where it breaks off.
+
+    known: it was read before, and the sums of its headers were right.
+    """
+    place, long_name, long_size, begin = start, None, None, start
+    while place + BLOCK <= len(data):
+        header = data[place : place + BLOCK]
+        if not header.strip(b"\0"):
+            return
+        if not known and octal(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
+            raise CutOff
+        kind, size = header[156:157], octal(header[124:136])
+        offset = place + BLOCK
+        if kind in (b"L", b"K", b"x", b"g"):  # headers about the next member, or about all
+            content = data[offset : offset + size]
+            if kind == b"L":
+                long_name = content.rstrip(b"\0")
+            elif kind == b"x":
+                named = pax_records(content)
+                long_name = named.get(b"path", long_name)
+                long_size = int(named[b"size"]) if b"size" in named else None
+        else:
+            size = size if long_size is None else long_size
+            if offset + size > len(data):
+                raise CutOff
+            name = long_name or short_name(header)
+            if kind in (b"0", b"\0", b"7") and not name.endswith(b"/"):
+                yield Member(begin, name.decode(errors="surrogateescape"), offset, size)
+            begin, long_name, long_size = offset + -(-size // BLOCK) * BLOCK, None, None
+        place = offset + -(-size // BLOCK) * BLOCK
+    if place != len(data) or data[start:]:
+        raise CutOff  # a tar ends with blocks of zeros
+
+
+def octal(field: bytes) -> int:
+    """A number in a tar header: octal digits, or base 256 behind a first byte of 0x80."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:])
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        raise CutOff from None
+
+
+def short_name(header: bytes) -> bytes:
+    name = header[:100].split(b"\0")[0]
+    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
+
+
+def pax_records(content: bytes) -> dict[bytes, bytes]:
+    """b"22 path=some/name.jpg\\n" and so on -> {b"path": b"some/name.jpg"}; lengths come first."""
+    records = {}
+    while length := re.match(rb"\d+(?= )", content):
+        record, content = content[: int(length[0])], content[int(length[0]) :]
+        name, _, value = record[length.end() + 1 : -1].partition(b"=")
+        records[name] = value
+    return records
+
+
+def key_and_extension(name: str) -> tuple[str, str] | None:
+    """A member's name -> the sample it belongs to and what it is there; None: to be passed over.
+
+    The extension begins at the first dot of the file's name, and folders belong to the key.
+
+    >>> key_and_extension("part.1/000000012.SEG.png")
+    ('part.1/000000012', 'seg.png')
+    """
+    if re.match(r"__[^/]*__(/|$)", name):
+        return None
+    found = re.fullmatch(r"((?:.*/)?[^.]+)\.([^/]*)", name, re.DOTALL)
+    return (found[1], found[2].lower()) if found else None
+
+
+def tar_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str]]:
+    """(offset, length, key) of every sample: neighbours that share a key, never others."""
+    key = start = end = None
+    cut = False
+    try:
+        for member in tar_members(data):
+            named = key_and_extension(member.name)
+            if named and named[0] != key:
+                if key is not None:
+                    yield start, end - start, key
+                key, start = named[0], member.start
+            if named:
+                end = member.offset + member.size
+    except CutOff:
+        cut = True
+    if key is not None:
+        yield start, end - start, key
+    if cut:
+        raise CutOff
+
+
+def read_sample(span: bytes) -> dict[str, bytes]:
+    """A sample's bytes -> {"__key__": ..., extension: content}; of two same extensions the first.
+
+    Raises BadRecord for a name that would lead out of a folder it were unpacked into.
+    """
+    sample: dict = {}
+    padded = span + bytes(-len(span) % BLOCK + 2 * BLOCK)
+    for member in tar_members(padded, known=True):
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            raise BadRecord("path outside", member.name)
+        if named := key_and_extension(member.name):
+            sample.setdefault("__key__", named[0])
+            sample.setdefault(named[1], padded[member.offset : member.offset + member.size])
+    return sample
+
+
+# ----------------------------------------------------------------------------------------- JSON
+
+
+KEY_FIELDS = ("id", "question_id", "ref_id", "key", "image_id", "question_index", "url")
+
+
+def key_of(entry: object, number: int) -> str:
+    """An entry's own id, or else its number in the file."""
+    fields = entry if isinstance(entry, dict) else {}
+    return next((str(fields[name]) for name in KEY_FIELDS
+                 if isinstance(fields.get(name), str | int)), str(number))
+
+
+def jsonl_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str | None]]:
+    """(offset, length, None) of every line that is not blank."""
+    offset = 0
+    while offset < len(data):
+        end = data.find(b"\n", offset)
+        end = len(data) if end < 0 else end
+        if data[offset:end].strip():
+            yield offset, end - offset, None
+        offset = end + 1
+
+
+def json_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str | None]]:
+    """(offset, length, key) of the elements of a list, or of the values of an object by key.
+
+    where: the top-level key under which the list stands; "": the file is the list, or the object.
+    ValueError where it breaks off.
+    """
+    reader = JsonReader(data)
+    if where:
+        reader.enter("{")
+        while reader.key() != where:
+            reader.value()
+            if reader.closes():
+                raise ValueError(f"has no {where!r}")
+    named = reader.enter("[{") == "{"
+    while not reader.closes():
+        key = reader.key() if named else None
+        yield *reader.value()[:2], key
+
+
+class JsonReader:
+    """Goes through a JSON file that may be larger than memory, value by value.
+
+    A piece of it is in memory, decoded as Latin-1, in which one byte is one character: places in
+    the text are offsets in the file. Only names of keys are believed; a value's words are not.
+    """
+
+    def __init__(self, data: mmap.mmap, size: int = 2**24):
+        self.data, self.size, self.decoder = data, size, json.JSONDecoder()
+        self.fill(0, size)
+
+    def fill(self, offset: int, size: int) -> None:
+        self.start, self.place = offset, 0
+        self.text = self.data[offset : offset + size].decode("latin-1")
+
+    def next(self) -> str:
+        """The next character that is neither blank nor comma. ValueError at the end."""
+        while True:
+            self.place = re.compile(r"[\s,]*").match(self.text, self.place).end()
+            if self.place < len(self.text):
+                return self.text[self.place]
+            if self.start + self.place >= len(self.data):
+                raise ValueError(f"breaks off at byte {len(self.data)}")
+            self.fill(self.start + self.place, self.size)
+
+    def enter(self, brackets: str) -> str:
+        found = self.next()
+        if found not in brackets:
+            raise ValueError(f"has {found!r} instead of {' or '.join(brackets)} at byte "
+                             f"{self.start + self.place}")
+        self.place += 1
+        return found
+
+    def closes(self) -> bool:
+        return self.next() in "]}"
+
+    def key(self) -> str:
+        key = self.value()[2]
+        if not isinstance(key, str) or self.next() != ":":
+            raise ValueError(f"has no key at byte {self.start + self.place}")
+        self.place += 1
+        return key
+
+    def value(self) -> tuple[int, int, object]:
+        """(offset, length, value) of what stands here, and on behind it."""
+        self.next()
+        size = self.size
+        while True:
+            at_end = self.start + len(self.text) >= len(self.data)
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.place)
+                if at_end or self.text[end : end + 1] in (*",:]} \t\r\n",):  # else it may go on
+                    offset, self.place = self.start + self.place, end
+                    return offset, self.start + end - offset, value
+            except json.JSONDecodeError:
+                if at_end:
+                    raise ValueError(f"is not JSON at byte {self.start + self.place}") from None
+            size *= 1 + (self.place == 0)  # an entry longer than all that is in memory
+            self.fill(self.start + self.place, size)
+
+
+# ---------------------------------------------------------------------------------------- index
+
+
+KINDS = {".tar": tar_records, ".jsonl": jsonl_records, ".json": json_records}
+
+
+def index_path(path: str, where: str) -> str:
+    """Where a file's index stands: beside it, or in a cache folder if it is nobody's to write."""
+    name = f"{path}.{where}.idx" if where else f"{path}.idx"
+    if os.path.exists(name) or os.access(os.path.dirname(path) or ".", os.W_OK):
+        return name
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "nanovilla", f"{hash_of(os.path.abspath(name)):08x}.idx")
+
+
+def read_header(path: str, where: str, about: int) -> tuple[tuple[int, ...], bool] | None:
+    """(numbers of rows, whether the file is cut off); None: there is no index, or an old one."""
+    try:
+        with open(index_path(path, where), "rb", buffering=0) as file:
+            magic, *of, n_train, n_held_out, n_unusable, cut = HEADER.unpack(file.read(64))
+    except (OSError, struct.error):
+        return None
+    if magic != MAGIC or tuple(of) != identity(path, about):
+        return None
+    return (n_train, n_held_out, n_unusable), bool(cut)
+
+
+def identity(path: str, about: int) -> tuple[int, int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, about
+
+
+def write_index(path: str, where: str, usable: Callable | None, about: int) -> None:
+    """Find all records of a file. ValueError names the file if it is no JSON, or cut-off JSON."""
+    parts, cut = ([], [], []), False
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        try:
+            for offset, length, key in KINDS[Path(path).suffix](data, where):
+                part = 0
+                if not path.endswith(".tar"):
+                    entry = parsed(data[offset : offset + length])
+                    key = key or key_of(entry, sum(map(len, parts)))
+                    part = 2 * (usable is not None and entry is not None and not usable(entry))
+                hashed = hash_of(key)
+                parts[part or hashed % HELD_OUT == 0].append((offset, length, hashed))
+        except CutOff:
+            cut = True
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    rows = np.concatenate([np.array(part, ROW) for part in parts])
+    header = HEADER.pack(MAGIC, *identity(path, about), *map(len, parts), cut)
+    target = index_path(path, where)
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    unfinished = f"{target}.{os.getpid()}.part"
+    with open(unfinished, "wb") as file:
+        file.write(header + rows.tobytes())
+    os.replace(unfinished, target)
+
+
+def parsed(line: bytes) -> object:
+    """JSON -> its value; None: it is none, which is counted when it is to be read."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+class Records:
+    """The indexed files of a data set: `read(file, row)` gives the bytes of a record.
+
+    paths: .tar, .json or .jsonl. where: as in json_records. usable(entry): whether a JSON entry
+    can be used, asked while indexing (say, whether its picture is there); `about` stands for it
+    in the index; again=True asks anew. `counts` (files, 3): records to train on, held out,
+    unusable; `cut` (files,): which tars break off. Indexes that are missing or old are made first,
+    in parallel.
+    """
+
+    def __init__(self, paths: list[str], where: str = "", usable: Callable | None = None,
+                 about: int = 0, again: bool = False):
+        self.paths, self.where = paths, where
+        missing = [path for path in paths if again or not read_header(path, where, about)]
+        build = partial(write_index, where=where, usable=usable, about=about)
+        if len(missing) > 1:
+            with ProcessPoolExecutor(min(len(missing), os.cpu_count())) as pool:
+                list(tqdm(pool.map(build, missing), "indexing", len(missing), unit=" files"))
+        elif missing:
+            build(missing[0])
+        if missing:
+            open_rows.cache_clear()
+            open_file.cache_clear()
+        headers = [read_header(path, where, about) for path in paths]
+        self.counts = np.array([counts for counts, _ in headers], np.int64).reshape(-1, 3)
+        self.cut = np.array([cut for _, cut in headers], bool)
+
+    def read(self, file: int, row: int) -> bytes:
+        offset, length, _ = self.rows(file)[row].tolist()
+        span = os.pread(open_file(self.paths[file]).fileno(), length, offset)
+        if len(span) != length:
+            raise BadRecord("file changed", self.paths[file])
+        return span
+
+    def rows(self, file: int) -> np.ndarray:
+        return open_rows(index_path(self.paths[file], self.where))
+
+    def find(self, file: int, key: str, near: int = 0) -> int | None:
+        """The row of a record by its key; `near`: where to look first. None: there is none."""
+        hashes, hashed = self.rows(file)["hash"], hash_of(key)
+        if near < len(hashes) and hashes[near] == hashed:
+            return near
+        return next(iter(np.flatnonzero(hashes == hashed).tolist()), None)
+
+
+@lru_cache(OPEN_FILES)
+def open_file(path: str) -> BinaryIO:
+    return open(path, "rb", buffering=0)
+
+
+@lru_cache(OPEN_FILES)
+def open_rows(path: str) -> np.ndarray:
+    if os.path.getsize(path) == HEADER.size:
+        return np.empty(0, ROW)
+    return np.memmap(path, ROW, "r", offset=HEADER.size)

@@ -1,0 +1,322 @@
+"""Laws of records: every sample of a file is found, whole, by its place; broken ends are named.
+
+pytest tests/test_records.py
+"""
+
+import io
+import json
+import os
+import random
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import records
+from records import (
+    BLOCK,
+    HELD_OUT,
+    BadRecord,
+    Records,
+    expand,
+    hash_of,
+    index_path,
+    json_records,
+    key_and_extension,
+    key_of,
+    read_header,
+    read_sample,
+)
+
+DIALECTS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], dialect: str = "ustar") -> Path:
+    with tarfile.open(path, "w", format=DIALECTS[dialect]) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def samples(path: Path) -> list[dict]:
+    """All samples of a tar, in the order in which they stand in it."""
+    files = Records([str(path)])
+    rows = sorted(map(tuple, files.rows(0).tolist()))
+    where = {row: i for i, row in enumerate(map(tuple, files.rows(0).tolist()))}
+    return [read_sample(files.read(0, where[row])) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize("pattern, names", [
+    ("{00000..00331}.tar", [f"{i:05d}.tar" for i in range(332)]),
+    ("{00..3}", "00 01 02 03".split()),
+    ("{0..9..3}", "0 3 6 9".split()), ("{3..1}", "3 2 1".split()), ("x{1}.tar", ["x{1}.tar"]),
+    ("{a,b}{1..2}", "a1 a2 b1 b2".split()), ("a-{0..1}.tar::b-{0..1}.tar",
+                                             "a-0.tar a-1.tar b-0.tar b-1.tar".split()),
+    ("plain.tar", ["plain.tar"]), ("{8..11}", "8 9 10 11".split()), ("{,x}y", ["y", "xy"]),
+    ("{0..1}/{0..1}", "0/0 0/1 1/0 1/1".split()), ("{10..08}", "10 09 08".split()),
+    ("{a..b}", ["{a..b}"]), ("", [""]),
+])
+def test_braces_are_expanded_as_webdataset_does(pattern, names):
+    assert expand(pattern) == names
+
+
+@pytest.mark.parametrize("name, found", [
+    ("000000012.jpg", ("000000012", "jpg")), ("a/b.c/d.jpg", ("a/b.c/d", "jpg")),
+    ("a.b.jpg", ("a", "b.jpg")), ("x.tar.gz", ("x", "tar.gz")), ("./000.jpg", ("./000", "jpg")),
+    ("x.", ("x", "")), ("noext", None), ("dir.x/noext", None), (".hidden.jpg", None),
+    ("a/.hid.txt", ("a/", "hid.txt")), ("A.JPG", ("A", "jpg")), ("__meta__", None),
+    ("__x__/a.jpg", None), ("__info__.json", ("__info__", "json")),
+    ("a/__x__.txt", ("a/__x__", "txt")),
+])
+def test_members_have_the_keys_and_extensions_that_webdataset_gives_them(name, found):
+    assert key_and_extension(name) == found
+
+
+# ------------------------------------------------------------------------------------------- tars
+
+
+def test_neighbours_that_share_a_key_are_a_sample_and_never_others(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [
+        ("1.jpg", b"one"), ("2.jpg", b"two"), ("1.txt", b"again"), ("3.txt", b"three"),
+        ("notes", b"passed over"), ("3.JPG", b"picture"), ("3.jpg", b"dropped")])
+    assert samples(path) == [
+        {"__key__": "1", "jpg": b"one"}, {"__key__": "2", "jpg": b"two"},
+        {"__key__": "1", "txt": b"again"}, {"__key__": "3", "txt": b"three", "jpg": b"picture"}]
+
+
+NAMES = st.text("ab/.é ", min_size=1, max_size=40) | st.integers(90, 300).map(
+    lambda n: "d/" * (n // 2) + f"{n}.jpg")
+
+
+@settings(max_examples=60, deadline=None)
+@given(members=st.lists(st.tuples(NAMES, st.binary(max_size=1500)), max_size=8),
+       dialect=st.sampled_from(("gnu", "pax")))
+def test_what_tarfile_reads_is_what_is_found(tmp_path_factory, members, dialect):
+    members = [(name.strip("/ ") or "x", content) for name, content in members]
+    path = write_tar(tmp_path_factory.mktemp("tar") / "x.tar", members, dialect)
+    expected: list[dict] = []
+    with tarfile.open(path) as tar:
+        for info in tar:
+            named = key_and_extension(info.name)
+            if named and not (info.name.startswith("/") or ".." in info.name.split("/")):
+                if not expected or expected[-1]["__key__"] != named[0]:
+                    expected.append({"__key__": named[0]})
+                expected[-1].setdefault(named[1], tar.extractfile(info).read())
+    files, found = Records([str(path)]), []
+    for _, row in sorted((row[0], i) for i, row in enumerate(files.rows(0).tolist())):
+        try:
+            found.append(read_sample(files.read(0, row)))
+        except BadRecord:
+            expected = [s for s in expected if ".." not in s["__key__"]]
+    assert [s for s in found if ".." not in s["__key__"]] == [
+        s for s in expected if ".." not in s["__key__"]]
+
+
+def test_what_is_no_file_is_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.d", tarfile.DIRTYPE),
+                           ("c.jpg", tarfile.LNKTYPE), ("d.jpg", tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "e.jpg"
+            tar.addfile(info)
+        tar.addfile(tarfile.TarInfo("e.jpg"))
+    assert samples(tmp_path / "x.tar") == [{"__key__": "e", "jpg": b""}]
+
+
+def test_sizes_in_base_256_and_in_pax_headers_are_understood(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"12345"), ("b.jpg", b"6")])
+    content = bytearray(path.read_bytes())
+    content[124:136] = b"\x80" + (5).to_bytes(11)
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:BLOCK])
+    path.write_bytes(content)
+    assert [s["jpg"] for s in samples(path)] == [b"12345", b"6"]
+    with tarfile.open(tmp_path / "y.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.pax_headers = 3, {"size": "3", "comment": "7 path=x\n"}
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert samples(tmp_path / "y.tar") == [{"__key__": "a", "jpg": b"abc"}]
+
+
+def test_wherever_a_tar_is_cut_its_whole_members_are_there(tmp_path):
+    members = [(f"{i}.{kind}", bytes([i]) * (300 * i + 1))
+               for i in range(4) for kind in ("jpg", "txt")]
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    ends, place = [], 0
+    for _, content in members:
+        place += BLOCK + len(content)
+        ends.append(place)
+        place += -len(content) % BLOCK
+    for n in sorted({*range(0, len(whole), 97), *range(0, len(whole), BLOCK)}):
+        path = tmp_path / "cut.tar"
+        path.write_bytes(whole[:n])
+        os.utime(path, ns=(n, n))  # not the file that was indexed before
+        files = Records([str(path)])
+        found = sum(len(sample) - 1 for sample in samples(path))
+        assert found == sum(end <= n for end in ends)
+        assert files.cut[0] == (0 < n < place + BLOCK)
+
+
+def test_something_else_in_a_tar_ends_it(tmp_path):
+    whole = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", b"x" * 600) for i in range(6)]).read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[: 3 * 3 * BLOCK] + b"rubbish" * 1000)
+    files = Records([str(tmp_path / "x.tar")])
+    assert files.counts.sum() == 3 and files.cut[0]
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-10**6, 10**6) | st.floats(allow_nan=False,
+                                                                       allow_infinity=False)
+    | st.text(max_size=8)
+    | st.sampled_from(['"', "\\", "]", "}", "[{", "é", "\u2028", "\U0001f408"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner,
+                                                                max_size=4), max_leaves=15)
+
+
+@settings(max_examples=150, deadline=None)
+@given(entries=st.lists(JSON, max_size=6) | st.dictionaries(st.text(max_size=5), JSON, max_size=6),
+       ascii=st.booleans(), indent=st.sampled_from((None, 1)), size=st.integers(1, 60),
+       where=st.booleans())
+def test_the_entries_of_a_json_file_are_found_whatever_is_in_memory_of_it(
+    entries, ascii, indent, size, where
+):
+    whole = {"info": ["]", {"x": "data"}], "data": entries, "more": 1} if where else entries
+    content = json.dumps(whole, ensure_ascii=ascii, indent=indent).encode()
+    reader = records.JsonReader.__init__
+    records.JsonReader.__init__ = lambda self, data: reader(self, data, size)
+    try:
+        found = list(json_records(content, "data" if where else ""))
+    finally:
+        records.JsonReader.__init__ = reader
+    values = [json.loads(content[offset : offset + length]) for offset, length, _ in found]
+    if isinstance(entries, dict):
+        assert values == [*entries.values()] and len(found) == len(entries)
+    else:
+        assert values == entries and all(key is None for _, _, key in found)
+
+
+def test_a_json_file_that_breaks_off_anywhere_is_refused_and_leaves_no_index(tmp_path):
+    content = json.dumps({"info": 1, "data": [{"id": 1, "x": ["a", "]"]}, {"id": 2}]}).encode()
+    path = tmp_path / "x.json"
+    for n in range(content.rindex(b"]")):
+        path.write_bytes(content[:n])
+        with pytest.raises(ValueError, match=rf"{path}: .* byte \d+") as error:
+            Records([str(path)], where="data")
+        assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["x.json"]
+    for wrong, says in ((b'{"other": []}', "has no 'data'"), (b"[]", "instead of"),
+                        (b"<html>", "instead of")):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=says):
+            Records([str(path)], where="data")
+
+
+def test_lines_are_records_but_for_blank_ones(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"id": "a"}\r\n\n  \n[1]\nno json\n{"id": 7}')
+    files = Records([str(path)])
+    lines = sorted(files.read(0, row).strip() for row in range(4))
+    assert lines == sorted([b'{"id": "a"}', b"[1]", b"no json", b'{"id": 7}'])
+    assert files.find(0, "a") is not None and files.find(0, "7") is not None
+
+
+@pytest.mark.parametrize("entry, key", [
+    ({"id": 3}, "3"), ({"id": "x", "url": "y"}, "x"), ({"question_id": 5, "image_id": 4}, "5"),
+    ({"ref_id": 0, "image_id": 4}, "0"), ({"question": "?"}, "9"), ([1], "9"), (None, "9"),
+    ({"id": None, "url": "u"}, "u"), ({"id": 1.5}, "9")])
+def test_an_entry_is_known_by_its_own_id_or_by_its_number(entry, key):
+    assert key_of(entry, 9) == key
+
+
+# ------------------------------------------------------------------------------------------ index
+
+
+def entries(n: int) -> list[str]:
+    return [json.dumps({"id": f"key {i}", "n": i}) for i in range(n)]
+
+
+def test_one_of_a_thousand_is_held_out_whatever_the_order(tmp_path):
+    lines = entries(8000)
+    held = []
+    for seed in range(2):
+        random.Random(seed).shuffle(lines)
+        path = tmp_path / f"{seed}.jsonl"
+        path.write_text("\n".join(lines))
+        files = Records([str(path)])
+        n_train, n_held, n_unusable = files.counts[0].tolist()
+        assert n_train + n_held == 8000 and n_unusable == 0 and 2 <= n_held <= 18
+        held.append({json.loads(files.read(0, n_train + i))["id"] for i in range(n_held)})
+    assert held[0] == held[1] == {f"key {i}" for i in range(8000)
+                                  if hash_of(f"key {i}") % HELD_OUT == 0}
+
+
+def even(entry: dict) -> bool:
+    return entry["n"] % 2 == 0
+
+
+def test_entries_that_cannot_be_used_stand_last(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n".join(entries(50)))
+    files = Records([str(tmp_path / "x.jsonl")], usable=even, about=1)
+    assert files.counts[0].tolist() == [25, 0, 25]
+    assert all(even(json.loads(files.read(0, row))) == (row < 25) for row in range(50))
+    assert Records([str(tmp_path / "x.jsonl")], about=2).counts[0].tolist() == [50, 0, 0]
+
+
+def test_a_record_is_found_by_its_key_near_or_far(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n".join(entries(300)))
+    files = Records([str(tmp_path / "x.jsonl")])
+    for near in (0, 7, 299, 10**6):
+        assert json.loads(files.read(0, files.find(0, "key 7", near)))["n"] == 7
+    assert files.find(0, "nobody") is None
+
+
+def test_an_index_is_made_once_and_again_when_its_file_has_changed(tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(entries(5)))
+    made = []
+    write = records.write_index
+    monkeypatch.setattr(records, "write_index", lambda p, **k: made.append(p) or write(p, **k))
+    for n, times in ((5, 1), (5, 1), (6, 2), (6, 2)):
+        if n == 6 and len(made) == 1:
+            path.write_text("\n".join(entries(6)))
+        assert Records([str(path)]).counts.sum() == n and len(made) == times
+    index = Path(index_path(str(path), ""))
+    for spoiled in (b"", b"x" * 200, index.read_bytes()[:60]):
+        index.write_bytes(spoiled)
+        assert Records([str(path)]).counts.sum() == 6
+    assert len(made) == 5
+
+
+def test_where_nothing_can_be_written_the_index_stands_in_the_cache(tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(entries(5)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert Records([str(path)]).counts.sum() == 5
+    assert not Path(f"{path}.idx").exists() and len([*tmp_path.glob("cache/nanovilla/*.idx")]) == 1
+
+
+def test_many_files_are_indexed_side_by_side_and_more_than_can_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "open_file", records.lru_cache(3)(records.open_file.__wrapped__))
+    paths = [str(write_tar(tmp_path / f"{i}.tar", [(f"{i}.txt", b"%d" % i)])) for i in range(12)]
+    files = Records(paths)
+    for i in random.Random(0).choices(range(12), k=60):
+        assert read_sample(files.read(i, 0)) == {"__key__": str(i), "txt": b"%d" % i}
+    assert all(read_header(path, "", 0) == ((1, 0, 0), False) for path in paths)
+
+
+def test_a_file_that_shrinks_under_a_run_is_a_bad_record(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"x" * 5000)])
+    files = Records([str(path)])
+    os.truncate(path, 1000)
+    with pytest.raises(BadRecord, match="file changed"):
+        files.read(0, 0)
