@@ -6,6 +6,8 @@
                                  shared memory
     python bench.py load         a LLaMA of 3.4 B parameters in Hugging Face's and in Meta's files,
                                  opened by us and by transformers; needs 14 GB of disk
+    python bench.py data         pictures of tar shards as they come out of the loader, beside
+                                 webdataset + Pillow
 
 `--json FILE` appends what was measured as one line. First come the machine and its ceilings, taken
 in the same run: a share of them says more than a number. FLOPs count useful scores only, those
@@ -31,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import bench_data
 from config import Parser, UserError, input_errors, run_main
 from kernels import (
     attention,
@@ -51,7 +54,7 @@ from weights import filled, read_checkpoint, shapes
 
 def main() -> None:
     parser = Parser(prog="bench.py", description="Measure speed on this machine.")
-    parser.add_argument("what", choices=("kernels", "resources", "load"))
+    parser.add_argument("what", choices=("kernels", "resources", "load", "data"))
     parser.add_argument("--json", metavar="FILE", help="append the record to this file")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each way of each case [2]")
     parser.add_argument("--case", default="", help="only cases with this in their name")
@@ -78,6 +81,8 @@ def main() -> None:
     gpu_is_missed = triton and not (torch.cuda.is_available() or INTERPRETED or options.case)
     if options.what == "load":
         rows += load(SHAPES[options.shape], max(options.rounds, 1), options.folder)
+    if options.what == "data":
+        rows += bench_data.data(options.seconds)
     if options.what == "resources" or (gpu_is_missed and options.what == "kernels"):
         rows += resources()
     if options.json:

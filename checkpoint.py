@@ -3,6 +3,7 @@
     out/tiny/checkpoints/step_00001000/
         *.distcp, .metadata    parameters and optimizer state (torch.distributed.checkpoint)
         state.json             where the run stood; written last, so it marks a whole checkpoint
+    out/tiny/best.json         which of them had the lowest validation loss
 
 Every rank writes its own shards and reads whichever pieces its new share needs: a run that stopped
 on two ranks goes on with one, or four. The state of the data is a single integer, the step, since
@@ -11,6 +12,7 @@ the order of the samples depends on nothing else (data.sample_numbers).
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import re
@@ -32,7 +34,8 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer
                     keep: int) -> None:
     """Write run/checkpoints/step_<step>; then delete all but the newest `keep` whole ones.
 
-    `state` is any JSON object. All ranks call this together.
+    Kept is also the best one of the stage, state["stage"]; the rest of `state` is any JSON. All
+    ranks call this together.
     """
     folder = run / "checkpoints" / f"step_{step:08d}"
     if is_first():
@@ -49,7 +52,11 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(folder / MARKER)
+        best = read_best(run)
+        kept = best.get("checkpoint") if best.get("stage") == state.get("stage") else None
         for old in whole_checkpoints(run)[:-keep]:
+            if old.name == kept:
+                continue
             (old / MARKER).unlink()  # first, so that a half-deleted one is not taken for whole
             shutil.rmtree(old)
     wait()
@@ -88,6 +95,30 @@ def read_state(folder: Path, kinds: dict[str, type]) -> dict:
             type(state.get(key)) is not kind for key, kind in kinds.items()):
         raise ValueError(damaged(folder, MARKER))
     return state
+
+
+def mark_best(run: Path, stage: int, val_loss: float | None) -> None:
+    """Note the newest checkpoint in best.json if it is its stage's best so far.
+
+    val_loss: what the model of that checkpoint had in validation; None: it was not evaluated.
+    """
+    newest = latest_checkpoint(run)
+    best = read_best(run)
+    if val_loss is None or not newest or not is_first():
+        return
+    if best.get("stage") != stage or val_loss < best.get("val_loss", math.inf):
+        unfinished = run / "best.json.part"
+        unfinished.write_text(json.dumps({"checkpoint": newest.name, "stage": stage,
+                                          "val_loss": val_loss}))
+        unfinished.rename(run / "best.json")
+
+
+def read_best(run: Path) -> dict:
+    """{"checkpoint": its name, "stage": ..., "val_loss": ...}, or {} before anything was marked."""
+    try:
+        return json.loads((run / "best.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def damaged(folder: Path, what: str) -> str:

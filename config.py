@@ -19,20 +19,25 @@ from pathlib import Path
 import torch
 
 from model import DecoderConfig, ModelConfig
+from sources import Spec
 from vision import VisionConfig
 
 
 def option(default, help: str, choices: tuple = (), low: float = -math.inf,
-           above: float = -math.inf, below: float = math.inf):
+           above: float = -math.inf, below: float = math.inf, high: float = math.inf):
     """A field with its help text and what its value (each of its values) may be."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low,
-                                            "above": above, "below": below})
+                                            "above": above, "below": below,
+                                            "high": high})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     preset: str = option("tiny", "model and flags to start from; so far there is only this one")
-    data: str = option("", "folder of name.jpg + name.txt pairs; without it, the drawn world")
+    data: tuple[str, ...] = option((), "data sets, each [NAME=]FILES[@PICTURES][*SHARE], see "
+                                   "sources.py; without any, the drawn world")
+    val: tuple[str, ...] = option((), "data sets to evaluate on; without any, a thousandth of "
+                                  "--data that is then not trained on")
     init: str = option("", "model folder to start from ('none': from nothing); with --data "
                            "assets/tiny unless said otherwise, else nothing")
     vision: str = option("", "a published CLIP to start from, with --lm; file or folder")
@@ -42,7 +47,7 @@ class TrainConfig:
                              "that these flags would write, if it exists")
 
     stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order",
-                                     ("pretrain", "instruct", "pairs"))
+                                     ("pretrain", "instruct", "data"))
     steps: tuple[int, ...] = option((2350, 600), "optimizer steps of each stage", low=1)
     lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage", above=0)
     min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage",
@@ -65,6 +70,15 @@ class TrainConfig:
     grad_clip: float = option(1.0, "largest gradient norm", above=0)
     contrastive_weight: float = option(0.1, "weight of the contrastive loss beside the tokens'",
                                        low=0)
+    random_crop: float = option(1.0, "smallest share of a picture that a random crop keeps (1: the "
+                                "middle, as in evaluation; CLIP's successors take 0.9)", above=0,
+                                high=1)
+    jitter: float = option(0.0, "how far brightness, contrast and saturation may be from 1", low=0,
+                           below=1)
+    paraphrase: float = option(1.0, "how often a caption is drawn among its paraphrases, if there "
+                               "are any, instead of taken as it is", low=0, high=1)
+    max_bad: float = option(0.2, "share of bad samples above which a run gives up", low=0, high=1)
+
     vocab_size: int = option(1000, "most pieces of a tokenizer trained from nothing", low=300)
     seed: int = option(0, "fixes weights, order and drawn scenes", low=0, below=2**31)
 
@@ -94,16 +108,17 @@ class TrainConfig:
             values = getattr(self, f.name)
             for value in values if isinstance(values, tuple) else (values,):
                 check_value(flag(f.name), value, f.metadata)
-        if {stage == "pairs" for stage in self.stages} != {bool(self.data)}:
-            raise ValueError(f"--stages {' '.join(self.stages)}: 'pairs' belongs to one's own "
+        if {stage == "data" for stage in self.stages} != {bool(self.data)}:
+            raise ValueError(f"--stages {' '.join(self.stages)}: 'data' belongs to one's own "
                              f"--data, 'pretrain' and 'instruct' to the drawn world")
-
+        if self.val and not self.data:
+            raise ValueError("--val belongs to --data; the drawn world has its own")
         if bool(self.vision) != bool(self.lm) or self.vision and self.init:
             raise ValueError("--vision and --lm belong together, and not with --init")
 
     @property
     def run_folder(self) -> Path:
-        name = Path(self.data).resolve().name if self.data else self.preset
+        name = Spec.of(self.data[0]).label if self.data else self.preset
         return Path(self.out or f"out/{name}")
 
     def stage_steps(self, stage: int) -> int:
@@ -149,7 +164,8 @@ def check_value(name: str, value, rules: typing.Mapping) -> None:
         raise ValueError(f"{name} must be a finite number, got {value}")
     for holds, rule in ((value >= rules["low"], f"at least {rules['low']}"),
                         (value > rules["above"], f"above {rules['above']}"),
-                        (value < rules["below"], f"below {rules['below']}")):
+                        (value < rules["below"], f"below {rules['below']}"),
+                        (value <= rules["high"], f"at most {rules['high']}")):
         if not holds:
             raise ValueError(f"{name} must be {rule}, got {value}")
 
@@ -213,7 +229,7 @@ def run_main(main: typing.Callable[[], None]) -> None:
 
 # What may differ when a run goes on; anything else would make it another run.
 MAY_CHANGE = ("resume", "device", "backend", "workers", "eval_every", "eval_questions",
-              "exam_questions", "checkpoint_every", "keep")
+              "exam_questions", "checkpoint_every", "keep", "max_bad")
 
 
 def resumed(given: dict) -> TrainConfig:
@@ -228,8 +244,9 @@ def resumed(given: dict) -> TrainConfig:
         raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
     if not isinstance(before, dict) or "stages" not in before:
         raise UserError(f"--resume {folder}: is no run folder (its config.json is none of a run's)")
-    if given.get("data"):
-        given["data"] = os.path.abspath(given["data"])
+    for name in ("data", "val"):
+        if name in given:
+            given[name] = tuple(str(Spec.of(text).absolute()) for text in given[name])
     for name, value in given.items():
         value = list(value) if isinstance(value, tuple) else value
         if name not in MAY_CHANGE and value != before.get(name):
@@ -265,7 +282,7 @@ def parse(argv: list[str]) -> TrainConfig:
         parser.error(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
     fields = {k: v for k, v in PRESETS[preset].items() if k != "model"}
     if given.get("data"):
-        fields |= PAIRS
+        fields |= OWN_DATA
     try:
         config = TrainConfig(**(fields | given))
     except ValueError as error:
@@ -281,8 +298,8 @@ def help_of(f: dataclasses.Field) -> str:
     return f.metadata["help"] + (f" [{shown}]" if shown else "")
 
 
-# A user's own folder of captioned pictures: one stage, everything trained, few steps.
-PAIRS = dict(
-    stages=("pairs",), steps=(300,), lr=(1e-3,), min_lr=(1e-4,), warmup_steps=(20,),
-    frozen=("none",), batch_size=12, eval_every=0,
+# One's own data, by default a folder of captioned pictures: one stage, all trained, few steps.
+OWN_DATA = dict(
+    stages=("data",), steps=(300,), lr=(1e-3,), min_lr=(1e-4,), warmup_steps=(20,),
+    frozen=("none",), batch_size=12, eval_every=100,
 )

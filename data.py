@@ -3,8 +3,9 @@
 Read after model.py. The way of a sample:
 
     a number       sample n of the run: the same whatever the number of ranks or workers
-    documents      a *source* turns it into documents (formats.py): the drawn world, a folder
+    documents      a *source* turns it into documents (sources.py, drawn.py)
     tokens         `encode`: ids, which of them are learned, where the pictures stand
+    pixels         augment.py: cropped and resized, uint8
     a micro-batch  `collate`: samples laid end to end, nothing padded, nothing cut
 
     tokens       <s> <image> a  red cat </s> <s>  a  red cat <ret> </s> <s> <image> ...
@@ -16,25 +17,33 @@ Read after model.py. The way of a sample:
     images       the red cat, what comes next    shown 0 1    the <ret> asks for picture 0
 
 Labels come from the segments while they are tokenized; nothing is searched for afterwards. Here,
-and only here, is decided which pictures a word sees (`visible_interval`).
+and only here, is decided which pictures a word sees (`visible_interval`). A sample that cannot be
+used leaves its place empty, and why is counted (tally.py).
+
+    python data.py check 'shards/{00000..00331}.tar'   the shard doctor: what is there, what is bad
+    python data.py show photos/                        documents as the model sees them
 """
 
-import random
 import signal
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from queue import Full, Queue
+from threading import Event, Thread
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import world
-from formats import Document, Image, Ret, Text, caption_documents
+from augment import Augment, Picture, holds_box, jitter, ready
+from formats import Document, Image, Ret, Text
 from kernels import IGNORE, AttentionHints, attention_hints
-from tokenizer import Tokenizer, answer_pieces, question_pieces
+from records import BadRecord, hash_of
+from tally import Origin
+from tokenizer import Tokenizer
 from vision import PictureError, open_image, preprocess
 
 # ------------------------------------------------------------------------------- one document
@@ -77,27 +86,6 @@ def encode(document: Document, tokenizer: Tokenizer, end: bool = True) -> Encode
     return out
 
 
-def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "nanovilla"
-                  ) -> Document:
-    """Turns of (pictures shown, question, answer) -> a document in a chat template.
-
-    An answer is words, a Ret (the model answers with that picture, which then stands in the text
-    and can be asked about), or None: the model is to answer now.
-    """
-    document: Document = []
-    for pictures, question, answer in turns:
-        shown = iter(pictures)
-        document += [Image(next(shown)) if piece.text == "<image>" and piece.special
-                     else Text(*piece) for piece in
-                     question_pieces(question, chat, len(pictures), first=not document)]
-        if isinstance(answer, Ret):
-            document += [replace(answer, learn=True), Image(answer.reference)]
-            answer = ""
-        if answer is not None:
-            document += [Text(*piece) for piece in answer_pieces(answer, chat)]
-    return document
-
-
 # ------------------------------------------------------------------------------ one micro-batch
 
 
@@ -122,10 +110,24 @@ class Batch:
     image_key: Tensor  # (U,) int64, equal for equal pictures: none is its twin's negative
     n_rets: int  # how many of the R are real: without any, one stands in for FSDP's sake
     n_samples: int
-    dropped: tuple[str, ...] = ()  # why samples are missing
+    jitter: Tensor | None = None  # (U, 3) factors, see augment.py
+    origins: tuple[Origin, ...] = ()  # of all its samples, also of those that are missing
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Why samples are missing, a line each."""
+        return tuple(origin.line for origin in self.origins if origin.reason)
+
+    @property
+    def data_hash(self) -> int:
+        """A number for the samples in it, whatever their order: equal data, equal sums."""
+        return sum(hash_of(origin.key) for origin in self.origins if not origin.reason)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device; copies overlap with work if memory is pinned."""
+        """The same batch on another device, where its pictures are jittered.
+
+        Copies overlap with work if memory is pinned.
+        """
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -133,6 +135,8 @@ class Batch:
                 value = value.to(device) if field.name.endswith("hints") else value.to(
                     device, non_blocking=True)
             moved[field.name] = value
+        if self.jitter is not None:
+            moved |= dict(images=jitter(moved["images"], moved["jitter"]), jitter=None)
         return Batch(**moved)
 
     def pin_memory(self) -> "Batch":
@@ -210,6 +214,7 @@ def collate(
     n_rets, rets = len(rets), rets or [(0, 0)]
     ret_token, ret_image = zip(*rets, strict=True)
     pictures = torch.stack([pixels(image, image_size, resize, rgb) for image in images])
+    factors = torch.tensor([getattr(image, "factors", (1.0, 1.0, 1.0)) for image in images])
     return Batch(
         tokens=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),
@@ -225,9 +230,11 @@ def collate(
         text_hints=attention_hints(text_start, np.arange(offset) + 1),
         image_hints=attention_hints(start * tokens_per_image, end * tokens_per_image),
         ret_image=torch.tensor(ret_image),
-        image_key=torch.tensor([zlib.crc32(picture.numpy().tobytes()) for picture in pictures]),
+        image_key=torch.tensor([getattr(image, "key", None) or zlib.crc32(rows.numpy().tobytes())
+                                for image, rows in zip(images, pictures, strict=True)]),
         n_rets=n_rets,
         n_samples=n_samples,
+        jitter=factors if bool((factors != 1).any()) else None,
     )
 
 
@@ -248,143 +255,15 @@ def collate_options(tokenizer: Tokenizer, model_config) -> dict:
 
 def pixels(reference: object, size: int, resize: str = "crop", rgb: str = "white") -> Tensor:
     """A picture's reference -> uint8 (3, size, size); an array is one already, by its rows."""
+    if isinstance(reference, Picture):
+        return reference.pixels
     if isinstance(reference, np.ndarray):
-        return torch.tensor(reference).permute(2, 0, 1)
+        return torch.tensor(reference).permute(2, 0, 1)  # (3, h, w)
     image = reference if hasattr(reference, "mode") else open_image(reference, rgb=False)
     return preprocess(image, size, resize, rgb)
 
 
 # ------------------------------------------------------------------------------------ sources
-
-
-# How often each kind of question is asked. A box is thirty tokens long and its last digits cannot
-# be known: asked too often, it would drown the one-word answers in the loss.
-SHARES = {"what": 4, "colour": 4, "yes/no": 6, "how many": 5, "where": 5, "box": 2, "find": 1.5,
-          "caption": 0.5}
-
-
-class DrawnWorld:
-    """Endless samples of the drawn world; sample i is scene i of the seed, drawn when asked for.
-
-    stage "pretrain": short captions of a picture's things, now and then a whole caption, the
-    search for it, a phrase grounded with a box. stage "instruct": conversations of one to eight
-    turns about one picture, or about two to compare, or about one that was asked for.
-    """
-
-    def __init__(self, stage: str, size: int, seed: int, split: str = "train",
-                 chat: str = "nanovilla", has_ret: bool = True):
-        self.make = {"pretrain": self.pretrain, "instruct": self.instruct}[stage]
-        self.size, self.split, self.chat, self.has_ret = size, split, chat, has_ret
-        self.seed = seed * 2**40 + (0 if stage == "pretrain" else 2**39)
-
-    def __getitem__(self, index: int) -> list[Document]:
-        seed = self.seed + index
-        return self.make(seed, random.Random(seed))
-
-    def name(self, index: int) -> str:
-        return f"scene {self.seed + index}"
-
-    def picture(self, scene: world.Scene) -> np.ndarray:
-        return np.asarray(world.draw(scene, self.size))
-
-    def pretrain(self, seed: int, rng: random.Random) -> list[Document]:
-        scene = world.make_scene(seed, self.split)
-        picture = self.picture(scene)
-        said = [caption_documents(picture, words)[0] for words in short_captions(scene, rng)]
-        caption, search = caption_documents(picture, world.caption(scene, rng))
-        phrase, _ = caption_documents(picture, world.grounded_phrase(scene, rng))
-        rare = [(caption, 0.2), (search, 0.5), (phrase, 0.25)]
-        return said + [document for document, share in rare if rng.random() < share]
-
-    def questions(self, scene: world.Scene, rng: random.Random, n: int) -> list[world.Question]:
-        """n questions of kinds drawn by SHARES."""
-        asked: list[world.Question] = []
-        while len(asked) < n:
-            kinds = rng.choices(tuple(SHARES), tuple(SHARES.values()), k=n - len(asked))
-            asked += filter(None, (world.ask(kind, scene, rng) for kind in kinds))
-        return asked
-
-    def instruct(self, seed: int, rng: random.Random) -> list[Document]:
-        scene = world.make_scene(seed, self.split)
-        picture, kind = self.picture(scene), rng.random()
-        if kind < 0.25:  # two pictures, interleaved
-            near = rng.random() < 0.7
-            other = world.edited(scene, rng) if near else world.make_scene(seed + 2**60, self.split)
-            pictures = [picture, self.picture(other)]
-            asked = [world.compare(scene, other, rng) for _ in range(6)]
-        else:
-            pictures, asked = [picture], self.questions(scene, rng, 8)
-        turns = [([], q.question, q.answer) for q in asked]
-        if 0.25 <= kind < 0.45 and self.has_ret:  # a picture is the answer, then talked about
-            request = ([], world.request(scene, rng), Ret(picture))
-            return [chat_document([request, *turns], self.chat)]
-        return conversations(pictures, turns, rng, self.chat)
-
-
-def short_captions(scene: world.Scene, rng: random.Random) -> list[str]:
-    """One fact each: every thing twice, the second time from its kind, and one count.
-
-    What a caption names first is what the model has to look *for* to say the rest. "A red cat at
-    the top" can be learned by looking for red alone; after it, half of all questions stay guesses.
-    Short documents matter as much: in a long one, the word to look for is one among many (LOG.md).
-    """
-    captions = []
-    for t in scene.things:
-        at = world.at(t.place)
-        said = rng.choice((t.name, t.name, f"{t.size} {t.kind}"))
-        from_place = f"{at} {world.a(said)}."
-        from_colour = f"the {t.colour} thing is {rng.choice((f'{world.a(t.kind)} {at}', at))}."
-        captions.append(rng.choice((from_place, from_colour)))
-        rest = rng.choice((f"{t.colour}, {at}", f"{at}, {t.colour}") * 3 + (f"{t.size}, {at}",) * 2)
-        captions.append(f"the {t.kind} is {rest}.")
-    return [*captions, count_caption(scene, rng)]
-
-
-def count_caption(scene: world.Scene, rng: random.Random) -> str:
-    """"cats: 2.", "red things: 1." or "red cats: 0.", most often of what is there."""
-    t = rng.choice(scene.things)
-    kind = t.kind if rng.random() < 0.65 else rng.choice(tuple(world.KINDS))
-    colour = t.colour if rng.random() < 0.65 else rng.choice(tuple(world.COLOURS))
-    form = rng.choice(("kind", "kind", "colour", "name"))
-    if form == "name" and (colour, kind) in world.NEW_COMBINATIONS:  # not even denied in training
-        form = "kind"
-    words = {"kind": world.plural(kind), "colour": f"{colour} things",
-             "name": f"{colour} {world.plural(kind)}"}
-    value = {"kind": kind, "colour": colour, "name": f"{colour} {kind}"}[form]
-    return f"{words[form]}: {sum(getattr(thing, form) == value for thing in scene.things)}."
-
-
-def conversations(pictures: list, turns: list[tuple], rng: random.Random, chat: str
-                  ) -> list[Document]:
-    """Turns about the same pictures -> conversations of one, two, three or all turns."""
-    documents = []
-    while turns:
-        n = rng.choice((1, 1, 1, 2, 3, len(turns)))
-        (_, question, answer), *more = turns[:n]
-        documents.append(chat_document([(pictures, question, answer), *more], chat))
-        turns = turns[n:]
-    return documents
-
-
-class Pairs:
-    """A folder of `name.jpg` + `name.txt`, endlessly, each epoch in an order of its own."""
-
-    def __init__(self, pairs: list[tuple], seed: int, chat: str = "nanovilla"):
-        self.pairs, self.seed, self.chat = pairs, seed, chat
-
-    def pair(self, index: int) -> tuple:
-        epoch, place = divmod(index, len(self.pairs))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
-        return self.pairs[order[place]]
-
-    def name(self, index: int) -> str:
-        return str(self.pair(index)[0])
-
-    def __getitem__(self, index: int) -> list[Document]:
-        path, caption = self.pair(index)
-        picture = open_image(path, rgb=False)
-        question = chat_document([([picture], "What is in the picture?", caption)], self.chat)
-        return [*caption_documents(picture, caption), question]
 
 
 def example_pictures(source, size: int, n: int) -> Tensor:
@@ -395,10 +274,11 @@ def example_pictures(source, size: int, n: int) -> Tensor:
     pictures: list[Tensor] = []
     for index in range(n):
         try:
-            segments = [segment for document in source[index] for segment in document]
+            segments = [segment for document in source.at(index).documents
+                        for segment in document]
             shown = next(s.reference for s in segments if isinstance(s, Image | Ret))
             pictures.append(pixels(shown, size))
-        except PictureError as error:
+        except (PictureError, BadRecord) as error:
             reason = str(error)
     if not pictures:
         raise PictureError(f"none of the first {n} pictures can be read: {reason}")
@@ -409,28 +289,83 @@ def example_pictures(source, size: int, n: int) -> Tensor:
 
 
 class Samples(Dataset):
-    """Source and tokenizer behind torch's Dataset. A sample that cannot be used is its reason."""
+    """Source, tokenizer and augmentation behind torch's Dataset: sample n -> its documents.
 
-    def __init__(self, source, tokenizer: Tokenizer, decoder):
-        self.source, self.tokenizer = source, tokenizer
-        self.max_seq_len, self.max_images = decoder.max_seq_len, decoder.max_images
+    augment None: pictures as evaluation takes them. A sample that cannot be used has none.
+    """
 
-    def __getitem__(self, index: int) -> list[Encoded] | str:
+    def __init__(self, source, tokenizer: Tokenizer, model_config, augment: Augment | None = None):
+        self.source, self.tokenizer, self.augment = source, tokenizer, augment
+        self.decoder, vision = model_config.decoder, model_config.vision
+        self.picture_rule = vision.image_size, vision.resize, vision.rgb
+
+    def __getitem__(self, index: int) -> tuple[Origin, list[Encoded]]:
+        origin = None
         try:
-            has_ret = self.tokenizer.ret_id is not None  # a published vocabulary may have none
-            documents = [encode(d, self.tokenizer) for d in self.source[index]
-                         if has_ret or not any(isinstance(s, Ret) for s in d)]
-        except PictureError as error:
-            return str(error)
-        longest = max(len(d.ids) for d in documents)
-        if longest > self.max_seq_len:
-            return (f"{self.source.name(index)}: a document of {longest} tokens, longer than "
-                    f"max_seq_len {self.max_seq_len}")
-        most = max(len(d.images) for d in documents)
-        if self.max_images and most > self.max_images:
-            return (f"{self.source.name(index)}: a document of {most} pictures, more than "
-                    f"max_images {self.max_images}")
-        return documents
+            sample = self.source.at(index)
+            origin = Origin(sample.file, sample.key)
+            documents = self.encoded(sample.documents)
+            changed = self.augment and not holds_box(sample.documents)
+            return origin, self.with_pixels(documents, sample.rng if changed else None)
+        except (BadRecord, PictureError) as error:
+            known = getattr(error, "key", "") or str(index)
+            origin = origin or Origin(self.source.file(index), known)
+            line = (str(error) if isinstance(error, PictureError)
+                    else f"{origin.file} {origin.key}: {error.details}")
+            return replace(origin, reason=error.reason, line=line), []
+
+    def encoded(self, documents: list[Document]) -> list[Encoded]:
+        has_ret = self.tokenizer.ret_id is not None  # a published vocabulary may have none
+        return [self.fitting(document) for document in documents
+                if has_ret or not any(isinstance(segment, Ret) for segment in document)]
+
+    def fitting(self, document: Document) -> Encoded:
+        """A document's tokens; of one that is too long, as many of the things learned as fit."""
+        encoded, limit = encode(document, self.tokenizer), self.decoder.max_seq_len
+        n = len(encoded.ids)
+        while len(encoded.ids) > limit:
+            if not (document := without_last(document)):
+                raise BadRecord("too long", f"a document of {n} tokens, longer than max_seq_len "
+                                            f"{limit}")
+            encoded = encode(document, self.tokenizer)
+        n, most = len(encoded.images), self.decoder.max_images
+        if most and n > most:
+            raise BadRecord("too many pictures", f"a document of {n} pictures, more than "
+                                                 f"max_images {most}")
+        return encoded
+
+    def with_pixels(self, documents: list[Encoded], rng) -> list[Encoded]:
+        """References of pictures -> the pictures, each read once."""
+        read: dict[int, object] = {}
+
+        def picture(reference: object) -> object:
+            if id(reference) not in read:
+                try:
+                    read[id(reference)] = ready(reference, *self.picture_rule, self.augment, rng)
+                except PictureError as error:
+                    if isinstance(reference, bytes):  # then its sample is all that names it
+                        raise BadRecord(error.reason, str(error)) from None
+                    raise
+            return read[id(reference)]
+
+        return [replace(document, images=[picture(image) for image in document.images],
+                        rets=[(place, picture(image)) for place, image in document.rets])
+                for document in documents]
+
+
+def without_last(document: Document) -> Document:
+    """A document without the last thing in it that is learned, and what stands around that.
+
+    >>> cat, dog = Text("a cat", learn=True), Text("a dog", learn=True)
+    >>> without_last([Text("What?"), cat, Text("What else?"), dog]) == [Text("What?"), cat]
+    True
+    """
+    learned = [getattr(segment, "learn", False) for segment in document]
+    end = len(document)
+    for kind in (False, True, False):  # what follows the last answer, the answer, the question
+        while end and learned[end - 1] is kind:
+            end -= 1
+    return document[:end]
 
 
 def sample_numbers(
@@ -452,11 +387,12 @@ def sample_numbers(
 
 
 def loader(
-    source, tokenizer: Tokenizer, model_config, numbers: Iterator[list[int]], workers: int
+    source, tokenizer: Tokenizer, model_config, numbers: Iterator[list[int]], workers: int,
+    augment: Augment | None = None,
 ) -> DataLoader:
     """Micro-batches of the given sample numbers, in their order, drawn ahead by `workers`."""
     return DataLoader(
-        Samples(source, tokenizer, model_config.decoder),
+        Samples(source, tokenizer, model_config, augment),
         batch_sampler=numbers,
         collate_fn=partial(merge, **collate_options(tokenizer, model_config)),
         num_workers=workers,
@@ -466,13 +402,54 @@ def loader(
     )
 
 
-def merge(samples: list[list[Encoded] | str], **options) -> Batch:
-    """`collate` of the samples that can be used, and why the others cannot."""
-    batch = collate([s for s in samples if not isinstance(s, str)], **options)
-    return replace(batch, dropped=tuple(s for s in samples if isinstance(s, str)))
+def ahead(batches: DataLoader, n: int = 2) -> Iterator[Batch]:
+    """The same, taken over from the workers by a thread while the last ones are computed with."""
+    if not batches.num_workers:
+        yield from batches
+        return
+    whole, closed = Queue(n), Event()
+
+    def put(item: object) -> None:
+        while not closed.is_set():
+            with suppress(Full):
+                return whole.put(item, timeout=0.1)
+
+    def take() -> None:
+        try:
+            for batch in batches:
+                put(batch)
+                if closed.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # which is the consumer's
+            put(error)
+
+    thread = Thread(target=take, daemon=True)
+    thread.start()
+    try:
+        while (batch := whole.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            yield batch
+    finally:
+        closed.set()
+        thread.join()
+
+
+def merge(samples: list[tuple[Origin, list[Encoded]]], **options) -> Batch:
+    """`collate` of the samples that can be used, and where all of them come from."""
+    batch = collate([documents for origin, documents in samples if not origin.reason], **options)
+    return replace(batch, origins=tuple(origin for origin, _ in samples))
 
 
 def leave_signals_to_parent(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; the parent decides when the workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    import doctor
+    from config import run_main
+
+    run_main(doctor.main)

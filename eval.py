@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import world
 from config import Parser, input_errors, pick_device, run_main
-from data import chat_document, prompts
-from formats import Ret
+from data import prompts
+from formats import Ret, chat_document
 from generate import generate
 from model import VisionLanguageModel
 from scores import is_right

@@ -8,11 +8,26 @@ caption pair, a conversation, an interleaved web page differ only in the reader 
     [Image("cat.jpg"), Text("User: what is it?", False), ..., Text("a cat", True)]  a conversation
 
 A *sample* is a list of documents that belong together and are addressed by one integer.
+
+A reader is a function: one record, as its file holds it, to documents. FORMATS says which published
+set has which. What cannot be used raises BadRecord with a reason that is counted; training goes on.
 """
 
-import zlib
-from dataclasses import dataclass
+import base64
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from random import Random
+
+import PIL.Image
+
+from records import BadRecord
+from tokenizer import answer_pieces, question_pieces
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
@@ -53,6 +68,131 @@ def caption_documents(image: object, caption: str) -> list[Document]:
     return [[Image(image), Text(caption, learn=True)], [Text(caption), Ret(image)]]
 
 
+def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "nanovilla"
+                  ) -> Document:
+    """Turns of (pictures shown, question, answer) -> a document in a chat template.
+
+    An answer is words, a Ret (the model answers with that picture, which then stands in the text
+    and can be asked about), or None: the model is to answer now.
+    """
+    document: Document = []
+    for pictures, question, answer in turns:
+        shown = iter(pictures)
+        document += [Image(next(shown)) if piece.text == "<image>" and piece.special
+                     else Text(*piece) for piece in
+                     question_pieces(question, chat, len(pictures), first=not document)]
+        if isinstance(answer, Ret):
+            document += [replace(answer, learn=True), Image(answer.reference)]
+            answer = ""
+        if answer is not None:
+            document += [Text(*piece) for piece in answer_pieces(answer, chat)]
+    return document
+
+
+# ------------------------------------------------------------------------- what readers work with
+
+
+@dataclass
+class Reading:
+    """What a reader may use besides the record."""
+
+    rng: Random
+    chat: str = "nanovilla"
+    paraphrase: float = 0.0  # how often a caption is drawn among all that there are of it
+    pictures: str = ""  # the folder that the names of pictures start from
+    file: str = ""  # the file that the record stands in
+    find: Callable[[str, object], dict | None] = lambda table, key: None  # in the files beside it
+
+    def picture(self, *names: str) -> str:
+        """The path of the first of these pictures that is there, below the folder of pictures.
+
+        Raises BadRecord, also for a name or a link that leads out of that folder.
+        """
+        root = os.path.realpath(self.pictures)
+        for name in names:
+            if not isinstance(name, str):
+                raise BadRecord("not as its format", f"{name!r} instead of a picture's name")
+            path = os.path.realpath(os.path.join(root, name))
+            if not path.startswith(os.path.join(root, "")):
+                raise BadRecord("path outside", f"{name} is not below {self.pictures}")
+            if os.path.isfile(path):
+                return path
+        raise BadRecord("missing picture", f"{names[0]} is not in {self.pictures}")
+
+    def one_of(self, caption: str, others: list[str]) -> str:
+        """The caption, or one of it and its paraphrases; one of a single word never replaces it.
+
+        (Fan et al. 2023, LaCLIP, arXiv:2305.20088, section 3.)
+        """
+        if not others or self.rng.random() >= self.paraphrase:
+            return caption
+        chosen = self.rng.choice([caption, *others])
+        return chosen if len(chosen.split()) > 1 else caption
+
+
+def one_line(text: object) -> str:
+    """A caption or answer on one line. BadRecord if there is nothing in it, or it is no text."""
+    line = " ".join(text.split()) if isinstance(text, str) else ""
+    if not line:
+        raise BadRecord("no words", "an empty caption, question or answer")
+    return line
+
+
+def words_of(content: bytes) -> str:
+    """The text of a caption's file. A few bytes that are not UTF-8 are forgiven, more are not."""
+    text = content.decode("utf-8-sig", errors="replace")
+    if text.count("\ufffd") > 3:
+        raise BadRecord("not UTF-8", "the caption's bytes")
+    return one_line(text)
+
+
+def as_lines(text: object) -> str:
+    """Words of a conversation: newlines stay, other characters that end a line become blanks."""
+    if not isinstance(text, str):
+        raise BadRecord("not as its format", f"{type(text).__name__} instead of text")
+    return re.sub("[\r\v\f\x1c-\x1e\x85\u2028\u2029]", " ", text.replace("\r\n", "\n")).strip()
+
+
+# -------------------------------------------------------------------------------- caption pairs
+
+
+MIN_ORIGINAL = 32  # pixels; a smaller picture of the web is a spacer or a dot
+
+
+def read_pair(sample: dict, reading: Reading) -> list[Document]:
+    """A sample of a tar shard: jpg (or png ...) + txt, and json if there is one.
+
+    LAION-COCO's words are those of its captioner, in the json; its txt holds the page's.
+    """
+    picture = next((sample[s[1:]] for s in IMAGE_SUFFIXES if s[1:] in sample), None)
+    if picture is None:
+        raise BadRecord("no picture in the sample", " ".join(sample))
+    about = parse(sample.get("json", b"{}"))
+    sides = [about.get(f"original_{side}") for side in ("width", "height")]
+    if any(isinstance(side, int) and side < MIN_ORIGINAL for side in sides):
+        raise BadRecord("tiny original", f"{sides[0]} x {sides[1]} pixels")
+    if isinstance(about.get("top_caption"), str):
+        caption = one_line(about["top_caption"])
+        others = [line for line in about.get("all_captions") or [] if isinstance(line, str)]
+    else:
+        words = sample.get("txt")
+        caption = one_line(about.get("caption")) if words is None else words_of(words)
+        others = (reading.find("rewrites", sample["__key__"]) or {}).get("rewrites", [])
+    caption = reading.one_of(caption, [line for line in map(str.strip, others) if line != caption])
+    return caption_documents(picture, caption)
+
+
+def parse(content: bytes) -> dict:
+    """A JSON object; BadRecord if it is none."""
+    try:
+        entry = json.loads(content)
+    except ValueError:
+        raise BadRecord("not JSON", "") from None
+    if not isinstance(entry, dict):
+        raise BadRecord("not as its format", f"{type(entry).__name__} instead of an object")
+    return entry
+
+
 def find_pairs(folder: str | Path) -> list[tuple[Path, str]]:
     """All (picture, caption) pairs of a folder of `name.jpg` + `name.txt`, sorted by name.
 
@@ -82,6 +222,445 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, str]]:
     return pairs
 
 
-def fingerprint(pairs: list[tuple[Path, str]]) -> int:
-    """A number that changes when a pair comes, goes or gets another caption."""
-    return zlib.crc32(repr([(path.name, caption) for path, caption in pairs]).encode())
+# -------------------------------------------------------------------------------- conversations
+
+
+BOX = re.compile(r"\[\s*([01]?\.\d+|[01])((?:\s*,\s*(?:[01]?\.\d+|[01])){3})\s*\]")
+
+
+def read_llava(entry: dict, reading: Reading) -> list[Document]:
+    """LLaVA-Instruct, its mixtures, ShareGPT4V, blip_laion_cc_sbu: turns about one picture or none.
+
+    Wherever <image> stands in the first turn, the picture comes first. Boxes are given in a frame
+    padded to a square; they come out as fractions of the picture itself.
+    """
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRecord("not as its format", "no list of conversations")
+    said = [(turn.get("from"), as_lines(turn.get("value"))) for turn in turns]
+    if said and said[0][0] == "gpt":
+        said = said[1:]
+    questions, answers = said[0::2], said[1::2]
+    if {who for who, _ in questions} != {"human"} or {who for who, _ in answers} != {"gpt"}:
+        raise BadRecord("turns do not alternate", " ".join(str(who) for who, _ in said))
+    marked = any("<image>" in text for _, text in said)
+    if "image" not in entry and marked:
+        raise BadRecord("no picture for its <image>", "")
+    pictures = [reading.picture(str(entry["image"]))] if entry.get("image") else []
+    if pictures and any(BOX.search(text) for _, text in said):
+        said_of = partial(BOX.sub, partial(unpadded, size=picture_size(pictures[0])))
+    else:
+        said_of = str
+    document = []
+    for (_, question), (_, answer) in zip(questions[: len(answers)], answers, strict=True):
+        question = said_of(question.replace("<image>", "").strip())
+        if not answer:
+            raise BadRecord("no words", "an empty answer")
+        document.append((pictures if not document else [], question, said_of(answer)))
+    return [chat_document(document, reading.chat)]
+
+
+def read_blip(entry: dict, reading: Reading) -> list[Document]:
+    """blip_laion_cc_sbu_558k: LLaVA's layout, of which only the caption counts."""
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or len(turns) < 2 or not isinstance(turns[1], dict):
+        raise BadRecord("not as its format", "no list of conversations")
+    return caption_documents(reading.picture(str(entry.get("image"))),
+                             one_line(turns[1].get("value")))
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """(width, height) by the picture's header alone."""
+    try:
+        with PIL.Image.open(path) as picture:
+            return picture.size
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
+        raise BadRecord("damaged picture", path) from None
+
+
+def box_text(x1: float, y1: float, x2: float, y2: float) -> str:
+    """Fractions of width and height, clipped to the picture -> as they are written.
+
+    >>> box_text(0.61, 0.36, 0.925, 1.2)
+    '[0.610, 0.360, 0.925, 1.000]'
+    """
+    return "[" + ", ".join(f"{min(max(value, 0.0), 1.0):.3f}" for value in (x1, y1, x2, y2)) + "]"
+
+
+def unpadded(match: re.Match, size: tuple[int, int]) -> str:
+    """A box in the frame padded to a square -> the same in the picture's own width and height."""
+    width, height = size
+    longer = max(size)
+    left, top = (longer - width) // 2, (longer - height) // 2
+    x1, y1, x2, y2 = map(float, re.findall(r"[\d.]+", match[0]))
+    return box_text((x1 * longer - left) / width, (y1 * longer - top) / height,
+                    (x2 * longer - left) / width, (y2 * longer - top) / height)
+
+
+ONE_WORD = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+FIND = "Please provide the bounding box coordinate of the region this sentence describes: {}."
+DESCRIBE = "Please provide a short description for this region: {}."
+
+
+def ask(reading: Reading, picture: str, question: object, answer: object, suffix: str = ONE_WORD
+        ) -> list[Document]:
+    question, answer = one_line(question), one_line(answer)
+    return [chat_document([([picture], f"{question}\n{suffix}", answer)], reading.chat)]
+
+
+def most_common(answers: object) -> str:
+    """The answer that most people gave, the first of several; they are texts or {"answer": ...}."""
+    texts = [a.get("raw_answer", a.get("answer")) if isinstance(a, dict) else a
+             for a in answers or []]
+    texts = [text for text in texts if isinstance(text, str)]
+    return Counter(texts).most_common(1)[0][0] if texts else ""
+
+
+def read_vqa(entry: dict, reading: Reading) -> list[Document]:
+    """VQAv2 and OK-VQA; the answers stand in the annotations beside the questions."""
+    noted = reading.find("annotations", entry.get("question_id"))
+    if noted is None:
+        raise BadRecord("no answer for the question", f"question {entry.get('question_id')}")
+    answer = noted.get("multiple_choice_answer") or most_common(noted.get("answers"))
+    return ask(reading, reading.picture(*vqa_picture(entry, reading.file)), entry.get("question"),
+               answer)
+
+
+def read_aokvqa(entry: dict, reading: Reading) -> list[Document]:
+    choices, right = entry.get("choices"), entry.get("correct_choice_idx")
+    if not isinstance(choices, list) or not isinstance(right, int) or right >= len(choices):
+        raise BadRecord("no answer for the question", f"question {entry.get('question_id')}")
+    options = "\n".join(f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices))
+    return ask(reading, reading.picture(*coco_2017(entry, "")), entry.get("question"),
+               chr(65 + right), f"{options}\n{LETTER}")
+
+
+def read_gqa(entry: dict, reading: Reading) -> list[Document]:
+    return ask(reading, reading.picture(*gqa_picture(entry, "")), entry.get("question"),
+               entry.get("answer"))
+
+
+def read_textvqa(entry: dict, reading: Reading) -> list[Document]:
+    return ask(reading, reading.picture(*textvqa_picture(entry, "")), entry.get("question"),
+               most_common(entry.get("answers")))
+
+
+def read_clevr(entry: dict, reading: Reading) -> list[Document]:
+    return ask(reading, reading.picture(*clevr_picture(entry, "")), entry.get("question"),
+               entry.get("answer"))
+
+
+# ------------------------------------------------------------------------------------ grounding
+
+
+MAX_REGIONS = 8  # questions about one picture of Visual Genome
+
+
+def read_refcoco(entry: dict, reading: Reading) -> list[Document]:
+    """A reference of RefCOCO, + or g: find what a phrase means, or say what a box holds.
+
+    refs.json holds the list of references (converted once from the published pickle by somebody
+    who trusts it); instances.json beside it the boxes and the names of the pictures.
+    """
+    noted = reading.find("annotations", entry.get("ann_id")) or {}
+    shown = reading.find("images", entry.get("image_id")) or {}
+    phrases = [s.get("sent") for s in entry.get("sentences") or [] if isinstance(s, dict)]
+    if not noted.get("bbox") or not shown.get("file_name") or not phrases:
+        raise BadRecord("no box for the phrase", f"annotation {entry.get('ann_id')}")
+    path = reading.picture(shown["file_name"])
+    box = pixel_box(*noted["bbox"], picture_size(path))
+    return [chat_document(grounding_turns([path], [(one_line(p), box) for p in phrases],
+                                          reading.rng), reading.chat)]
+
+
+def read_regions(entry: dict, reading: Reading) -> list[Document]:
+    """Regions of a picture of Visual Genome, a few of them drawn anew each epoch."""
+    path = reading.picture(*genome_picture(entry, ""))
+    size, regions = picture_size(path), []
+    for r in entry.get("regions") or []:
+        sides = [r.get(name) for name in ("x", "y", "width", "height")]
+        if all(isinstance(side, int | float) for side in sides):
+            box = pixel_box(*sides, size)
+            if box and str(r.get("phrase") or "").strip():
+                regions.append((one_line(r["phrase"]), box))
+    if not regions:
+        raise BadRecord("no box for the phrase", f"picture {entry.get('id')}")
+    chosen = reading.rng.sample(regions, min(MAX_REGIONS, len(regions)))
+    return [chat_document(grounding_turns([path], chosen, reading.rng), reading.chat)]
+
+
+def pixel_box(x: float, y: float, width: float, height: float, size: tuple[int, int]) -> str:
+    """A box in pixels -> as it is written; "" if nothing of it lies in the picture."""
+    x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + width, size[0]), min(y + height, size[1])
+    if x2 <= x1 or y2 <= y1:
+        return ""
+    return box_text(x1 / size[0], y1 / size[1], x2 / size[0], y2 / size[1])
+
+
+def grounding_turns(pictures: list, phrases: list[tuple[str, str]], rng: Random) -> list[tuple]:
+    """(phrase, box) pairs -> turns that ask for the box or, by a draw, for the phrase."""
+    turns = []
+    for phrase, box in phrases:
+        forward = rng.random() < 0.5
+        question, answer = ((FIND.format(phrase.rstrip(".")), box) if forward
+                            else (DESCRIBE.format(box), phrase))
+        turns.append((pictures if not turns else [], question, answer))
+    return turns
+
+
+# ------------------------------------------------------------------------- interleaved documents
+
+
+MIN_SIMILARITY = 0.24  # of a picture and its sentence, by CLIP ViT-L/14 (OpenFlamingo's recipe)
+MIN_BYTES = 11_000  # of a picture's file; smaller ones are icons (the same)
+MAX_PICTURES = 6
+
+
+def read_mmc4(entry: dict, reading: Reading) -> list[Document]:
+    """MMC4: each picture stands before the sentence that it was matched with.
+
+    (Zhu et al. 2023, arXiv:2304.06939.) A picture comes as base64 or lies in the folder; those
+    that are missing, tiny or unlike their sentence are left out.
+    """
+    sentences = entry.get("text_list")
+    if not isinstance(sentences, list) or not isinstance(entry.get("image_info"), list):
+        raise BadRecord("not as its format", "no text_list or image_info")
+    before: dict[int, list] = {}
+    fitting = [info for info in entry["image_info"] if isinstance(info, dict)
+               and (info.get("matched_sim") or 0) >= MIN_SIMILARITY]
+    for info in sorted(fitting, key=lambda info: -info["matched_sim"]):
+        picture = mmc4_picture(info, reading)
+        if picture is not None and sum(map(len, before.values())) < MAX_PICTURES:
+            before.setdefault(info.get("matched_text_index"), []).append(picture)
+    segments: Document = []
+    for number, sentence in enumerate(sentences):
+        segments += [Image(picture) for picture in before.get(number, [])]
+        segments.append(Text(as_lines(sentence)))
+    return [interleaved(segments)]
+
+
+def mmc4_picture(info: dict, reading: Reading) -> bytes | str | None:
+    try:
+        if "image_base64" in info:
+            content = base64.b64decode(info["image_base64"] or "")
+            return content if len(content) >= MIN_BYTES else None
+        path = reading.picture(str(info.get("image_name")))
+        return path if os.path.getsize(path) >= MIN_BYTES else None
+    except (BadRecord, ValueError, TypeError):
+        return None
+
+
+def read_obelics(entry: dict, reading: Reading) -> list[Document]:
+    """OBELICS: texts and images of one length, one of them at each place, in reading order.
+
+    (Laurençon et al. 2023, arXiv:2306.16527.) Its images are addresses on the web; here each is
+    a file's name below the folder of pictures, or is left out.
+    """
+    texts, pictures = entry.get("texts"), entry.get("images")
+    if not isinstance(texts, list) or not isinstance(pictures, list) or len(texts) != len(pictures):
+        raise BadRecord("not as its format", "texts and images of different lengths")
+    segments: Document = []
+    for text, name in zip(texts, pictures, strict=True):
+        if isinstance(text, str):
+            segments.append(Text(as_lines(text)))
+        elif isinstance(name, str):
+            try:
+                segments.append(Image(reading.picture(name)))
+            except BadRecord:
+                continue
+    return [interleaved(segments)]
+
+
+def interleaved(segments: Document) -> Document:
+    """Segments -> a document: texts joined, learned from the first picture on."""
+    document: Document = []
+    for segment in segments:
+        if isinstance(segment, Image):
+            document.append(segment)
+        elif segment.string and document and isinstance(document[-1], Text):
+            document[-1] = replace(document[-1], string=f"{document[-1].string} {segment.string}")
+        elif segment.string:
+            document.append(replace(segment, learn=bool(document)))
+    if not any(isinstance(segment, Text) and segment.learn for segment in document):
+        raise BadRecord("no picture with words behind it", "")
+    return document
+
+
+# --------------------------------------------------------------------------------- your own data
+
+
+def read_own(entry: dict, reading: Reading) -> list[Document]:
+    """A line of your own documents.jsonl, in one of two forms; pictures are names of files.
+
+        {"document": [{"text": "First"}, {"image": "a.jpg"}, {"text": "a cat", "learn": true}]}
+        {"chat": [{"images": ["a.jpg"], "user": "Where is it?", "assistant": "at the top"},
+                  {"user": "Show me another.", "assistant": {"image": "b.jpg"}}]}
+
+    Text is learned where it says so; in a chat, the assistant's words are. {"ret": "b.jpg"} in a
+    document is the search for a picture. "id" names the sample. Any other word is refused.
+    """
+    unknown = set(entry) - {"id", "document", "chat"}
+    if unknown or ("document" in entry) == ("chat" in entry):
+        raise BadRecord("not as its format", f"{' '.join(sorted(unknown)) or 'both or none'}: a "
+                        f"line has \"document\" or \"chat\", and \"id\"")
+    parts = entry.get("document", entry.get("chat"))
+    if not isinstance(parts, list) or not parts or not all(isinstance(p, dict) for p in parts):
+        raise BadRecord("not as its format", "a document, or a chat, is a list of objects")
+    if "chat" in entry:
+        return [chat_document([own_turn(part, reading) for part in parts], reading.chat)]
+    return [[own_segment(part, reading) for part in parts]]
+
+
+def own_turn(part: dict, reading: Reading) -> tuple[list, str, str | Ret]:
+    allow(part, {"user", "assistant"}, {"images"})
+    answer = part["assistant"]
+    if isinstance(answer, dict):
+        allow(answer, {"image"})
+        answer = Ret(reading.picture(answer["image"]))
+    else:
+        answer = as_lines(answer)
+    if not isinstance(images := part.get("images", []), list):
+        raise BadRecord("not as its format", "\"images\" is no list of pictures' names")
+    return [reading.picture(name) for name in images], as_lines(part["user"]), answer
+
+
+def own_segment(part: dict, reading: Reading) -> Segment:
+    if "text" in part:
+        allow(part, {"text"}, {"learn"})
+        return Text(as_lines(part["text"]), learned(part))
+    if "image" in part:
+        allow(part, {"image"})
+        return Image(reading.picture(part["image"]))
+    allow(part, {"ret"}, {"learn"})
+    return Ret(reading.picture(part["ret"]), learned(part))
+
+
+def learned(part: dict) -> bool:
+    learn = part.get("learn", False)
+    if not isinstance(learn, bool):
+        raise BadRecord("not as its format", f"\"learn\" is {learn!r}, not true or false")
+    return learn
+
+
+def allow(part: dict, needed: set[str], also: set[str] = frozenset()) -> None:
+    if not needed <= set(part) <= needed | also:
+        raise BadRecord("not as its format", f"{{{', '.join(part)}}} where "
+                        f"{{{', '.join(sorted(needed | also))}}} is meant")
+
+
+# ------------------------------------------------------------------ whose reader, which pictures
+
+
+def llava_picture(entry: dict, file: str) -> list[str]:
+    return [entry["image"]] if isinstance(entry.get("image"), str) else []
+
+
+def vqa_picture(entry: dict, file: str) -> list[str]:
+    split = re.search(r"(train|val|test)20\d\d", os.path.basename(file))
+    return [f"COCO_{split[0] if split else 'train2014'}_{int(entry['image_id']):012d}.jpg"]
+
+
+def coco_2017(entry: dict, file: str) -> list[str]:
+    name = f"{int(entry['image_id']):012d}.jpg"
+    return [name, f"train2017/{name}", f"val2017/{name}", f"test2017/{name}"]
+
+
+def gqa_picture(entry: dict, file: str) -> list[str]:
+    return [f"{entry['imageId']}.jpg"]
+
+
+def textvqa_picture(entry: dict, file: str) -> list[str]:
+    return [f"{entry['image_id']}.jpg"]
+
+
+def clevr_picture(entry: dict, file: str) -> list[str]:
+    return [entry["image_filename"], f"{entry.get('split')}/{entry['image_filename']}"]
+
+
+def genome_picture(entry: dict, file: str) -> list[str]:
+    name = f"{entry.get('id', entry.get('image_id'))}.jpg"
+    return [name, f"VG_100K/{name}", f"VG_100K_2/{name}"]
+
+
+def beside_nothing(path: str) -> dict[str, tuple[str, str]]:
+    return {}
+
+
+def beside_vqa(path: str) -> dict[str, tuple[str, str]]:
+    folder, name = os.path.split(path)
+    name = name.replace("OpenEnded_", "").replace("_questions", "_annotations")
+    return {"annotations": (os.path.join(folder, name), "annotations")}
+
+
+def beside_refcoco(path: str) -> dict[str, tuple[str, str]]:
+    boxes = os.path.join(os.path.dirname(path), "instances.json")
+    return {table: (boxes, table) for table in ("annotations", "images")}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a published set is read. `where`: the key under which its list stands; `pictures`: the
+    names that an entry's picture may have; `beside`: tables in other files, by name."""
+
+    read: Callable[[dict, Reading], list[Document]]
+    where: str = ""
+    pictures: Callable[[dict, str], list[str]] | None = None
+    beside: Callable[[str], dict[str, tuple[str, str]]] = beside_nothing
+
+
+FORMATS = {
+    "shards": Format(read_pair),
+    "llava": Format(read_llava, pictures=llava_picture),
+    "sharegpt4v": Format(read_llava, pictures=llava_picture),
+    "blip": Format(read_blip, pictures=llava_picture),
+    "mmc4": Format(read_mmc4),
+    "obelics": Format(read_obelics),
+    "refcoco": Format(read_refcoco, beside=beside_refcoco),
+    "vg": Format(read_regions, pictures=genome_picture),
+    "vqav2": Format(read_vqa, "questions", vqa_picture, beside_vqa),
+    "okvqa": Format(read_vqa, "questions", vqa_picture, beside_vqa),
+    "aokvqa": Format(read_aokvqa, pictures=coco_2017),
+    "gqa": Format(read_gqa, pictures=gqa_picture),
+    "textvqa": Format(read_textvqa, "data", textvqa_picture),
+    "clevr": Format(read_clevr, "questions", clevr_picture),
+    "own": Format(read_own),
+}
+
+# What names and first lines say, for files that come without a NAME= in front.
+BY_NAME = {
+    r"\.tar$": "shards", r"^blip_.*\.json$": "blip", r"^docs_shard_.*\.jsonl$": "mmc4",
+    r"^refs.*\.json$": "refcoco", r"^region_descriptions.*\.json$": "vg",
+    r"^v2_OpenEnded_.*\.json$": "vqav2", r"^OpenEnded_mscoco_.*\.json$": "okvqa",
+    r"^aokvqa_.*\.json$": "aokvqa", r"_(balanced|all)_questions.*\.json$": "gqa",
+    r"^TextVQA_.*\.json$": "textvqa", r"^CLEVR_.*\.json$": "clevr", r"\.json$": "llava",
+}
+BY_FIELD = {"text_list": "mmc4", "texts": "obelics", "conversations": "llava", "document": "own",
+            "chat": "own"}
+
+
+def format_of(path: str) -> str:
+    """A file -> its name in FORMATS. ValueError if nothing says what it is."""
+    for pattern, name in BY_NAME.items():
+        if re.search(pattern, os.path.basename(path)):
+            return name
+    if path.endswith(".jsonl"):
+        with open(path, "rb") as file:
+            try:
+                entry = json.loads(file.readline())
+            except ValueError:
+                entry = None
+        for field_name, name in BY_FIELD.items():
+            if isinstance(entry, dict) and field_name in entry:
+                return name
+    raise ValueError(f"{path}: its name and first line do not say what it is; put one of "
+                     f"{', '.join(FORMATS)} and = in front")
+
+
+def there(entry: object, name: str, root: str, file: str) -> bool:
+    """Whether an entry's picture is in the folder, or it needs none; asked while indexing."""
+    try:
+        names = FORMATS[name].pictures(entry, file)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return True  # which is found, and counted, when it is to be read
+    return not names or any(os.path.isfile(os.path.join(root, name)) for name in names)

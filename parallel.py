@@ -3,7 +3,7 @@
 What is computed never depends on how many ranks compute it (design law: N ranks == 1 rank):
 
     token loss        sum over all targets of the global batch / their number. The number is
-                      known before the first forward: one all-reduce of four counts a step.
+                      known before the first forward: one all-reduce of a few counts a step.
     contrastive loss  every rank sees the features of all ranks. Its own carry gradients, the
                       others' are constants; each rank's gradient is then exactly its own share,
                       and the sum over ranks is the gradient of the whole.
@@ -86,6 +86,15 @@ def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device |
             rows = weights[name].chunk(dist.get_world_size())  # as FSDP2 cuts: into equal parts,
             if own.numel():  # the last ones shorter, or nothing
                 own.copy_(rows[dist.get_rank()])
+
+
+def gather_objects(value: object) -> list:
+    """A small object of every rank, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -171,6 +180,7 @@ class StepResult:
     n_tokens: int
     n_samples: int
     n_targets: int
+    data: int  # a number for which samples these were, in whatever order
 
 
 def losses(model: nn.Module, batches: list, contrastive_weight: float, backward: bool
@@ -178,12 +188,12 @@ def losses(model: nn.Module, batches: list, contrastive_weight: float, backward:
     """Forward (and backward) of this rank's micro-batches of one step.
 
     Returns [token loss, contrastive loss, share of <ret>s that chose right], means over the global
-    batch, and [targets, <ret>s, tokens, samples], its counts.
+    batch, and [targets, <ret>s, tokens, samples, data], its counts.
     """
     device = batches[0].tokens.device
     size = dist.get_world_size() if dist.is_initialized() else 1
-    counts = all_sum(torch.tensor([[len(b.target_rows), b.n_rets, len(b.tokens), b.n_samples]
-                                   for b in batches], device=device).sum(0)).tolist()
+    counts = all_sum(torch.tensor([[len(b.target_rows), b.n_rets, len(b.tokens), b.n_samples,
+                                    b.data_hash] for b in batches], device=device).sum(0)).tolist()
     n_targets, n_rets = max(counts[0], 1), max(counts[1], 1)
     total = torch.zeros(3, device=device)
     for i, batch in enumerate(batches):
@@ -214,4 +224,4 @@ def train_step(model, optimizer, batches: list, *, contrastive_weight: float,
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(*means, norm, counts[2], counts[3], counts[0])
+    return StepResult(*means, norm, counts[2], counts[3], counts[0], counts[4] % 2**32)

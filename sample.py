@@ -13,7 +13,8 @@ import sys
 import time
 
 from config import Parser, UserError, input_errors, pick_device, run_main
-from data import chat_document, prompts
+from data import prompts
+from formats import chat_document
 from generate import generate
 from tokenizer import StreamDecoder
 from vision import open_image

@@ -2,6 +2,7 @@
 
     python train.py                                  # tiny, drawn world: 2 CPU cores or any GPU
     python train.py --data photos/                   # your own folder of name.jpg + name.txt
+    python train.py --data 'cc3m/{00000..00331}.tar*0.8' mine.jsonl*0.2
     python train.py --resume out/tiny                # goes on exactly where it stopped
     torchrun --nproc_per_node=8 train.py             # the same on eight processes, same losses
 
@@ -11,16 +12,17 @@ parts they are made of come behind. A stage has its own data, learning rate and 
 learns captions first (everything trained), then conversations (the ViT frozen).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -29,7 +31,8 @@ from torch import Tensor
 
 import eval
 import world
-from checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from augment import Augment
+from checkpoint import load_checkpoint, mark_best, save_checkpoint
 from config import (
     PRESETS,
     TrainConfig,
@@ -39,14 +42,16 @@ from config import (
     pick_device,
     run_main,
 )
-from data import Batch, DrawnWorld, Pairs, example_pictures, loader, sample_numbers
-from formats import find_pairs, fingerprint
+from data import Batch, ahead, example_pictures, loader, sample_numbers
+from drawn import DrawnWorld
+from formats import Text
 from kernels import backend_for, set_backend
 from model import ModelConfig, VisionLanguageModel
 from parallel import (
     Ranks,
     all_sum,
     full_state,
+    gather_objects,
     losses,
     shard,
     start_group,
@@ -56,10 +61,15 @@ from parallel import (
     whole,
 )
 from plan import peak_flops, step_flops
+from records import BadRecord
+from runs import empty_model, forget_later_lines, run_folder, stopped_at, write_choices
+from sources import DataSets, Stream
+from tally import Tally
 from tokenizer import Tokenizer, train_tokenizer
-from weights import BUILT_IN, assemble, load_model, read_config, read_tokenizer, save_model
+from weights import BUILT_IN, assemble, load_model, save_model
 
 VAL_SAMPLES = 128  # samples of the validation losses
+WORDS_FROM = 10_000  # samples whose words a tokenizer is trained on
 TARGET = 0.85  # accuracy whose time is announced
 
 
@@ -72,13 +82,15 @@ class Run:
     ranks: Ranks
     device: torch.device
     dtype: torch.dtype
-    pairs: list[tuple[Path, str]]  # the user's own pictures; none: the drawn world
+    sets: DataSets | None  # the user's own data; none: the drawn world
     model: VisionLanguageModel
     tokenizer: Tokenizer
     peak: float  # FLOP/s of all ranks together
     stopping: threading.Event  # set by Ctrl-C
     seconds: float = 0.0  # spent on training and evaluating, earlier sittings included
     reached: float | None = None  # `seconds` when the accuracy first was TARGET
+    earlier: Tally = dataclasses.field(default_factory=Tally)  # of all ranks, in earlier sittings
+    tally: Tally = dataclasses.field(default_factory=Tally)  # of this rank, in this one
 
 
 def main() -> None:
@@ -86,31 +98,34 @@ def main() -> None:
     check_split(config, ranks)
     with input_errors():
         set_backend(None if config.backend == "auto" else config.backend)
-        pairs = find_pairs(config.data) if config.data else []
     device = pick_device(config.device, ranks.local)
-    checkpoint, state = stopped_at(config, pairs)
-    initial = None if checkpoint else initial_model(config)
-    out = run_folder(config)
-    dtype, stopping = pick_dtype(config.dtype, device), stop_on_signals()
+    dtype = pick_dtype(config.dtype, device)
     sharded = ranks.size > 1 or dtype != torch.float32
     if sharded:
-        start_group(ranks, device)  # which all ranks reach before one of them writes
+        start_group(ranks, device)
+    sets = open_data(config, ranks)
+    checkpoint, state = stopped_at(config, sets.fingerprint() if sets else 0)
+    initial = None if checkpoint else initial_model(config)
+    out, stopping = run_folder(config), stop_on_signals()
+    ranks.wait()  # for all to have looked before one of them writes
     if checkpoint:
         model, tokenizer = empty_model(out)
     else:
-        model, tokenizer = initial or new_model(config, out, ranks, pairs)
+        model, tokenizer = initial or new_model(config, out, ranks, sets)
         if ranks.is_first:
             write_choices(config, out, model, tokenizer)
     if sharded:
         shard(model.train(), dtype, device)
     else:
         model.to(device, torch.float32).train()
-    run = Run(config, out, ranks, device, dtype, pairs, model, tokenizer,
-              peak_flops(device, dtype) * ranks.size, stopping,
-              state.get("seconds", 0.0), state.get("reached"))
+    run = Run(config, out, ranks, device, dtype, sets, model, tokenizer,
+              peak_flops(device, dtype) * ranks.size, stopping, state.get("seconds", 0.0),
+              state.get("reached"), Tally(**state.get("tally", {})))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(run, f"{millions:.2f} M parameters, {device.type}, {str(dtype)[6:]}, run folder {out}, "
              f"{ranks.size} process{'es' * (ranks.size > 1)}, kernels: {backend_for(model.head)}")
+    for note in sets.notes if sets else ():
+        say(run, note)
     for number in range(state.get("stage", 0), len(config.stages)):
         if not train_stage(run, number, checkpoint, state):
             say(run, f"stopped; go on with: python train.py --resume {out}")
@@ -154,54 +169,84 @@ def train_stage(run: Run, number: int, checkpoint: Path | None, state: dict) -> 
                        "ms": 1000 * seconds, "tokens_per_s": result.n_tokens / seconds,
                        "samples_per_s": result.n_samples / seconds,
                        "mfu": flops / seconds / run.peak, "data_wait": waited / seconds})
-        done = step + 1
+        done, val_loss = step + 1, None
         if c.eval_every and done % c.eval_every == 0 and done < n_steps:
-            evaluate(run, name, done, validation)
+            val_loss = evaluate(run, name, done, validation)
         stop = asked_to_stop(run)
         if stop or done == n_steps or (c.checkpoint_every and done % c.checkpoint_every == 0):
-            state = {"stage": number, "step": done, "pairs": fingerprint(run.pairs),
-                     "seconds": run.seconds, "reached": run.reached,
-                     "log_size": log_path(run).stat().st_size if run.ranks.is_first else 0}
-            steps_before = sum(c.stage_steps(i) for i in range(number))
-            save_checkpoint(run.out, steps_before + done, run.model, optimizer, state, c.keep)
+            save(run, optimizer, number, done)
+            mark_best(run.out, number, val_loss)
         if stop:
+            say(run, tally(run).report())
             return False
-    evaluate(run, name, n_steps, validation, final=number + 1 == len(c.stages))
+    val_loss = evaluate(run, name, n_steps, validation, final=number + 1 == len(c.stages))
+    mark_best(run.out, number, val_loss)
+    say(run, tally(run).report())
     return True
 
 
-def source(config: TrainConfig, pairs: list, stage: str, model: ModelConfig, split: str = "train"
-           ) -> DrawnWorld | Pairs:
-    """Where a stage's samples come from: the user's own pictures, if given, or the drawn world."""
-    if pairs:
-        return Pairs(pairs, config.seed, model.chat)
-    return DrawnWorld(stage, model.vision.image_size, config.seed, split, model.chat,
+def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int) -> None:
+    """A checkpoint: weights, moments, and where the run stands. The data's state is the step."""
+    c, seen = run.config, tally(run)
+    state = {"stage": stage, "step": step, "data": run.sets.fingerprint() if run.sets else 0,
+             "seconds": run.seconds, "reached": run.reached,
+             "tally": {"reasons": seen.reasons, "files": seen.files},
+             "log_size": log_path(run).stat().st_size if run.ranks.is_first else 0}
+    steps_before = sum(c.stage_steps(i) for i in range(stage))
+    save_checkpoint(run.out, steps_before + step, run.model, optimizer, state, c.keep)
+
+
+def tally(run: Run) -> Tally:
+    """What became of all samples of the run, on all ranks and in all sittings."""
+    return reduce(Tally.merge, gather_objects(run.tally), run.earlier)
+
+
+def open_data(config: TrainConfig, ranks: Ranks) -> DataSets | None:
+    """The user's own data, if any. One process of each machine makes the indexes, all read them."""
+    if not config.data:
+        return None
+    if ranks.local == 0:
+        with contextlib.suppress(ValueError):  # which all ranks are about to find, too
+            DataSets(config.data, config.val)
+    ranks.wait()
+    with input_errors():
+        return DataSets(config.data, config.val)
+
+
+def source(config: TrainConfig, sets: DataSets | None, stage: str, model: ModelConfig,
+           part: str = "train") -> DrawnWorld | Stream:
+    """Where a stage's samples come from: the user's own data, if given, or the drawn world."""
+    if sets:
+        return sets.stream(part, config.seed, model.chat, config.paraphrase)
+    return DrawnWorld(stage, model.vision.image_size, config.seed, part, model.chat,
                       has_ret="<ret>" in model.special_tokens)
 
 
 def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Iterator[Batch]:
-    """This rank's micro-batches. A sample that cannot be read is left out, and once said why."""
+    """This rank's micro-batches. A sample that cannot be used is left out and counted."""
     c = run.config
     numbers = sample_numbers(first_step * c.batch_size, n_steps - first_step,
                              batch_size=c.batch_size, accum=c.grad_accum_steps,
                              rank=run.ranks.rank, world_size=run.ranks.size)
-    samples = source(c, run.pairs, stage, run.model.config)
-    known, n_used, n_dropped = set(), 0, 0
-    for batch in loader(samples, run.tokenizer, run.model.config, numbers, c.workers):
-        for reason in sorted(set(batch.dropped) - known):
-            sys.stderr.write(f"left out: {reason}\n")
-        known.update(batch.dropped)
-        n_used, n_dropped = n_used + batch.n_samples, n_dropped + len(batch.dropped)
-        if not n_used and n_dropped >= max(len(run.pairs), c.batch_size // run.ranks.size):
-            raise UserError("no sample can be used, for the reasons above")
+    samples = source(c, run.sets, stage, run.model.config)
+    changes = Augment(c.random_crop, c.jitter) if run.sets else None
+    for batch in ahead(loader(samples, run.tokenizer, run.model.config, numbers, c.workers,
+                              changes)):
+        for line in run.tally.add(batch.origins):
+            sys.stderr.write(f"left out: {line}\n")
+        n_bad, everything = run.tally.reasons.total(), max(len(samples), c.batch_size)
+        if run.tally.too_bad(c.max_bad) or run.tally.tried == n_bad >= everything:
+            sys.stderr.write(run.tally.report() + "\n")
+            raise UserError(f"{n_bad} of {run.tally.tried} samples, more than can be accepted "
+                            f"(--max-bad {c.max_bad}), for the reasons above")
         yield batch
 
 
 def validation_batches(run: Run, stage: str) -> list[Batch]:
-    """This rank's share of a fixed set of samples: unseen scenes, or the pairs themselves."""
-    n_samples = min(VAL_SAMPLES, len(run.pairs) or VAL_SAMPLES)
+    """This rank's share of a fixed set of samples that are not trained on, if there are any."""
+    samples = source(run.config, run.sets, stage, run.model.config, "test")
+    n_samples = min(VAL_SAMPLES, len(samples))
     numbers = [list(range(run.ranks.rank, n_samples, run.ranks.size))]
-    samples = source(run.config, run.pairs, stage, run.model.config, "test")
     batches = loader(samples, run.tokenizer, run.model.config, iter(numbers), workers=0)
     return [batch.to(run.device) for batch in batches]
 
@@ -210,8 +255,12 @@ def validation_batches(run: Run, stage: str) -> list[Batch]:
 
 
 @torch.no_grad()
-def evaluate(run: Run, stage: str, step: int, validation: list[Batch], final: bool = False) -> None:
-    """Validation loss with real and with blank pictures, gates, accuracy; at the end the model."""
+def evaluate(run: Run, stage: str, step: int, validation: list[Batch], final: bool = False
+             ) -> float:
+    """Validation loss with real and with blank pictures, gates, accuracy; at the end the model.
+
+    Returns the loss.
+    """
     began = time.perf_counter()
     run.model.eval()
     real = losses(run.model, validation, 0.0, backward=False)[0][0]
@@ -238,6 +287,7 @@ def evaluate(run: Run, stage: str, step: int, validation: list[Batch], final: bo
     write_log(run, {"evaluation": record, "seconds": run.seconds})
     if final:
         say(run, f"model: {run.out / 'model'}")
+    return real
 
 
 def drawn_report(run: Run, state: dict[str, Tensor], final: bool) -> dict:
@@ -309,66 +359,6 @@ def initial_model(config: TrainConfig) -> tuple[VisionLanguageModel, Tokenizer] 
         return None if init == "none" else load_model(init)
 
 
-def run_folder(config: TrainConfig) -> Path:
-    """The folder to write into: the resumed run's, or one in which nothing can be lost."""
-    if config.resume:
-        return Path(config.resume)
-    out = config.run_folder
-    if (out / "config.json").is_file() and (out / "log.jsonl").is_file():
-        raise UserError(f"{out} holds an earlier run: go on with it by --resume {out}, or choose "
-                        f"another folder by --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise UserError(f"--out {out}: is not empty; choose a new or an empty folder")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
-    return out
-
-
-def write_choices(config: TrainConfig, out: Path, model: VisionLanguageModel,
-                  tokenizer: Tokenizer) -> None:
-    """What a resumed run is built from; config.json last, for it marks a run that has begun."""
-    if not (out / "tokenizer.model").is_file():  # else it was trained, and others read it now
-        tokenizer.save(out / "tokenizer.model")
-    (out / "model.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
-    (out / "log.jsonl").write_text("")  # nothing counts that was logged before any checkpoint
-    if config.data:  # a resumed run may be called from elsewhere
-        config = dataclasses.replace(config, data=os.path.abspath(config.data))
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-
-
-def stopped_at(config: TrainConfig, pairs: list) -> tuple[Path | None, dict]:
-    """The resumed run's newest checkpoint and where the run stood then; (None, {}): at its start.
-
-    A run that was stopped before its first checkpoint begins again. UserError if the user's own
-    pairs are others now: the order of the samples would be another, too.
-    """
-    checkpoint = latest_checkpoint(Path(config.resume)) if config.resume else None
-    if not checkpoint:
-        return None, {}
-    with input_errors():
-        state = read_state(checkpoint, {"stage": int, "step": int, "pairs": int, "seconds": float,
-                                        "log_size": int})
-    if state["pairs"] != fingerprint(pairs):
-        raise UserError(f"--resume {config.resume}: {config.data} no longer holds the pictures and "
-                        f"captions that the run began with; put them back, or start a new run")
-    return checkpoint, state
-
-
-def empty_model(out: Path) -> tuple[VisionLanguageModel, Tokenizer]:
-    """The run folder's model without its weights, which the checkpoint holds, and its tokenizer."""
-    with input_errors():
-        config = read_config(out / "model.json")
-        return VisionLanguageModel(config), read_tokenizer(out / "tokenizer.model", config)
-
-
-def forget_later_lines(log: Path, size: int) -> None:
-    """Cut a log back to what it was at the checkpoint; the steps behind it are made again."""
-    if log.is_file() and log.stat().st_size > size:
-        os.truncate(log, size)
-
-
 def stop_on_signals() -> threading.Event:
     """Ctrl-C and SIGTERM set the event instead of ending the program; a later Ctrl-C ends it.
 
@@ -394,7 +384,7 @@ def asked_to_stop(run: Run) -> bool:
     return bool(all_sum(torch.tensor([float(run.stopping.is_set())], device=run.device))[0])
 
 
-def new_model(config: TrainConfig, out: Path, ranks: Ranks, pairs: list
+def new_model(config: TrainConfig, out: Path, ranks: Ranks, sets: DataSets | None
               ) -> tuple[VisionLanguageModel, Tokenizer]:
     """The preset's model with random weights, the same on every rank, and its tokenizer.
 
@@ -402,11 +392,11 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, pairs: list
     """
     preset: ModelConfig = PRESETS[config.preset]["model"]
     with input_errors():
-        examples = example_pictures(source(config, pairs, config.stages[0], preset),
-                                    preset.vision.image_size, n=min(256, len(pairs) or 256))
+        samples = source(config, sets, config.stages[0], preset)
+        examples = example_pictures(samples, preset.vision.image_size, min(256, len(samples)))
     path = out / "tokenizer.model"
     if ranks.is_first and not path.is_file():
-        texts = [caption for _, caption in pairs] or world.corpus(2000, config.seed)
+        texts = own_words(samples) if sets else world.corpus(2000, config.seed)
         template = ["User: What is in the picture?", "Assistant:"]
         with input_errors():
             train_tokenizer([*texts, *template], path, config.vocab_size)
@@ -421,6 +411,16 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, pairs: list
         if name.endswith("_gate"):
             nn.init.constant_(parameter, config.gate_start)
     return model, tokenizer
+
+
+def own_words(samples: Stream) -> list[str]:
+    """The words of some samples, for a tokenizer of their own."""
+    texts = []
+    for number in range(min(len(samples), WORDS_FROM)):
+        with contextlib.suppress(BadRecord):
+            texts += [segment.string for document in samples.at(number).documents
+                      for segment in document if isinstance(segment, Text) and not segment.special]
+    return sorted(set(texts))
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ belongs to the pooled feature alone (as Flamingo and LLaVA use them).
 
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,39 +115,57 @@ class ResamplerConfig:
 
 
 class PictureError(ValueError):
-    """A picture that cannot be read; its one line says which and why."""
+    """A picture that cannot be read: one line that says which and why, and the kind of trouble."""
+
+    def __init__(self, line: str, reason: str = "damaged picture"):
+        super().__init__(line)
+        self.reason = reason
+
+
+@contextmanager
+def readable(source: str | Path | bytes | Image.Image) -> Iterator[Image.Image]:
+    """A picture's file, opened, its pixels not yet read. PictureError for all that goes wrong
+    within: missing, not a picture, cut off, or too large (Pillow's limit against decompression
+    bombs stays in force)."""
+    name = source if isinstance(source, str | Path) else "picture"
+    try:
+        if isinstance(source, Image.Image):
+            yield source
+            return
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise PictureError(f"{name}: {image.width} x {image.height} pixels are too long "
+                                   f"and thin a picture; crop it", "too long and thin")
+            yield image
+    except PictureError:
+        raise
+    except FileNotFoundError:
+        raise PictureError(f"{name}: no such file; give the path of a picture",
+                           "missing picture") from None
+    except IsADirectoryError:
+        raise PictureError(f"{name}: is a folder; give the path of a picture",
+                           "missing picture") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"{name}: not a picture that can be read (JPEG, PNG, WebP...)",
+                           "not a picture") from None
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
+        raise PictureError(f"{name}: more than {limit} million pixels; make it smaller",
+                           "too many pixels") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise PictureError(f"{name}: damaged or cut-off picture ({error})") from None
 
 
 def open_image(source: str | Path | bytes, rgb: bool = True) -> Image.Image:
     """Read a picture from a path or from bytes: upright, RGB, transparency on white.
 
     rgb=False leaves it in the mode of its file, for `preprocess` to convert by a model's own rule.
-
-    Raises PictureError with one line that says what is wrong: missing, not a picture, cut off, or
-    too large (Pillow's limit against decompression bombs stays in force).
+    Raises PictureError with one line that says what is wrong.
     """
-    name = "picture" if isinstance(source, bytes) else str(source)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise PictureError(f"{name}: {image.width} x {image.height} pixels are too long "
-                                   f"and thin a picture; crop it")
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            return to_rgb(image) if rgb else image
-    except PictureError:
-        raise
-    except FileNotFoundError:
-        raise PictureError(f"{name}: no such file; give the path of a picture") from None
-    except IsADirectoryError:
-        raise PictureError(f"{name}: is a folder; give the path of a picture") from None
-    except UnidentifiedImageError:
-        raise PictureError(f"{name}: not a picture that can be read (JPEG, PNG, WebP...)") from None
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
-        raise PictureError(f"{name}: more than {limit} million pixels; make it smaller") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise PictureError(f"{name}: damaged or cut-off picture ({error})") from None
+    with readable(source) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return to_rgb(image) if rgb else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -19,8 +19,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from data import chat_document, prompts
-from formats import Text
+from data import prompts
+from formats import Text, chat_document
 from model import Span, VisionLanguageModel
 from tests import checkpoints
 from weights import assemble, load_model

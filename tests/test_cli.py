@@ -89,7 +89,7 @@ BAD = [
     (train, ["--exam-questions", "0"], "--exam-questions must be at least 1"),
     (train, ["--seed", "-1"], "--seed must be at least 0"),
     (train, ["--stages", "foo", "bar"], "--stages foo: choose pretrain, instruct"),
-    (train, ["--stages", "pairs", "pairs"], "'pairs' belongs to one's own --data"),
+    (train, ["--stages", "data", "data"], "'data' belongs to one's own --data"),
     (train, ["--out", "lonely"], "is not empty"),
     (train, ["--resume", str(ROOT / "assets" / "tiny")], "is no run folder"),
     (train, ["--lr", "1e-3"], "one value for each"),

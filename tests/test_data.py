@@ -4,6 +4,7 @@ pytest tests/test_data.py
 """
 
 import doctest
+import json
 import pickle
 from dataclasses import fields, replace
 from functools import cache
@@ -18,11 +19,9 @@ from PIL import Image as PIL_Image
 
 import data
 import world
+from augment import Augment, jitter
 from data import (
-    DrawnWorld,
     Encoded,
-    Pairs,
-    chat_document,
     collate,
     encode,
     example_pictures,
@@ -31,10 +30,13 @@ from data import (
     prompts,
     sample_numbers,
 )
-from formats import Image, Ret, Text, caption_documents
+from drawn import DrawnWorld
+from formats import Image, Ret, Text, caption_documents, chat_document
 from kernels import IGNORE, attention_hints
 from kernels.attention import check_intervals
-from vision import ResamplerConfig
+from sources import DataSets, Sample, Stream
+from tally import Origin, Tally
+from vision import ResamplerConfig, open_image
 
 SIZE = 16
 RULES = ("latest", "all")
@@ -330,12 +332,18 @@ def test_a_run_that_starts_at_a_later_step_takes_the_rest_of_the_samples(done, a
 
 @pytest.fixture
 def pairs(tmp_path) -> list[tuple]:
-    """Five pictures of their own as files, each with its caption."""
+    """Five pictures of their own as files, each with its caption in another file."""
     out = []
     for i in range(5):
         out.append((tmp_path / f"{i}.png", f"picture {i}"))
         PIL_Image.fromarray(picture(i)).save(out[i][0])
+        out[i][0].with_suffix(".txt").write_text(out[i][1])
     return out
+
+
+def stream(pairs: list[tuple], seed: int = 0) -> Stream:
+    """The folder in which these pairs lie, as a run takes it."""
+    return DataSets((str(pairs[0][0].parent),)).stream("train", seed, "nanovilla", 0.0)
 
 
 def broken(pair: tuple) -> tuple:
@@ -351,22 +359,26 @@ def captions(sample: list) -> str:
 def test_a_broken_pictures_sample_is_dropped_with_its_reason_and_the_rest_stay(
     tokenizer, tiny_config, pairs
 ):
-    source = Pairs(pairs, seed=0)
-    good = [[encode(d, tokenizer) for d in source[n]] for n in range(5)
-            if captions(source[n]) != "picture 2"]
+    source = stream(pairs)
+    samples = [source.at(n).documents for n in range(5)]
+    good = [[encode(d, tokenizer) for d in sample] for sample in samples
+            if captions(sample) != "picture 2"]
     path, _ = broken(pairs[2])
     (batch,) = loader(source, tokenizer, tiny_config(), iter([range(5)]), workers=0)
     assert batch.n_samples == 4 and len(batch.dropped) == 1
     assert batch.dropped[0].startswith(f"{path}: damaged or cut-off picture")
     expected = batch_of(good, tokenizer.image_id, "latest")
-    assert equal(replace(batch, dropped=()), expected)
+    assert equal(replace(batch, origins=()), expected)
 
 
 class Listed(list):
     """A source of the samples in a list."""
 
-    def name(self, index: int) -> str:
-        return f"sample {index}"
+    def at(self, index: int) -> Sample:
+        return Sample("sample", str(index), self[index])
+
+    def file(self, index: int) -> str:
+        return "sample"
 
 
 def test_a_document_that_is_too_long_is_dropped_with_both_numbers(tokenizer, tiny_config):
@@ -396,7 +408,7 @@ def test_a_document_with_more_pictures_than_can_be_told_apart_is_dropped_with_bo
 
 
 def test_a_batch_whose_samples_are_all_broken_still_is_a_batch(tokenizer, tiny_config, pairs):
-    source = Pairs([broken(pairs[0])], seed=0)
+    source = stream([broken(pair) for pair in pairs])
     (batch,) = loader(source, tokenizer, tiny_config(), iter([[0, 1]]), workers=0)
     assert batch.n_samples == 0 and len(batch.dropped) == 2 and len(batch.tokens) == 1
 
@@ -411,7 +423,7 @@ def test_what_a_worker_gets_can_be_sent_to_one_that_is_spawned(tokenizer, tiny_c
 def test_workers_give_the_same_batches_in_the_same_order(tokenizer, tiny_config, pairs):
     broken(pairs[1])
     config = tiny_config(visible_images="all", max_images=2, max_seq_len=1024)
-    for source in (DrawnWorld("instruct", SIZE, seed=3), Pairs(pairs, seed=0)):
+    for source in (DrawnWorld("instruct", SIZE, seed=3), stream(pairs)):
         numbers = [*sample_numbers(7, 4, batch_size=6, accum=2, rank=0, world_size=1)]
         alone, helped = (
             [*loader(source, tokenizer, config, iter(numbers), workers)] for workers in (0, 2))
@@ -529,8 +541,8 @@ def test_two_pictures_that_are_compared_are_never_the_same():
 
 def test_every_epoch_of_a_folder_shows_each_pair_once_in_an_order_of_its_own(pairs):
     def order(seed: int, epoch: int) -> list[str]:
-        source = Pairs(pairs, seed)
-        return [captions(source[n]) for n in range(5 * epoch, 5 * epoch + 5)]
+        source = stream(pairs, seed)
+        return [captions(source.at(n).documents) for n in range(5 * epoch, 5 * epoch + 5)]
 
     orders = [order(seed, epoch) for seed in range(2) for epoch in range(3)]
     assert all(sorted(o) == [caption for _, caption in pairs] for o in orders)
@@ -539,25 +551,119 @@ def test_every_epoch_of_a_folder_shows_each_pair_once_in_an_order_of_its_own(pai
 
 
 def test_a_pair_is_a_caption_its_search_and_a_question_all_of_one_picture(pairs):
-    caption, search, question = Pairs(pairs, seed=0)[0]
+    caption, search, question = stream(pairs).at(0).documents
     reference = caption[0].reference
     words = captions([caption])
     assert [caption, search] == caption_documents(reference, words)
     assert question == chat_document([([reference], "What is in the picture?", words)])
     n = int(words.split()[1])
-    assert np.array_equal(np.asarray(reference), picture(n))
+    assert np.array_equal(np.asarray(open_image(reference)), picture(n))
 
 
 def test_example_pictures_are_those_shown_first_but_for_those_that_cannot_be_read(pairs):
-    source = Pairs(pairs, seed=0)
-    shown = [pixels(source[n][0][0].reference, SIZE) for n in range(5)
-             if captions(source[n]) != "picture 2"]
+    source = stream(pairs)
+    samples = [source.at(n).documents for n in range(5)]
+    shown = [pixels(sample[0][0].reference, SIZE) for sample in samples
+             if captions(sample) != "picture 2"]
     broken(pairs[2])
     assert torch.equal(example_pictures(source, SIZE, n=5), torch.stack(shown))
+    for pair in (*pairs[:2], *pairs[3:]):
+        pair[0].unlink()
     with pytest.raises(ValueError, match="none of the first 3 pictures can be read: .*2.png: dam"):
-        example_pictures(Pairs([pairs[2]], seed=0), SIZE, n=3)
+        example_pictures(stream([pairs[2]]), SIZE, n=3)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "instruct"])
 def test_every_stage_of_the_drawn_world_has_example_pictures(stage):
     assert example_pictures(DrawnWorld(stage, SIZE, seed=0), SIZE, n=20).shape[1:] == (3, 16, 16)
+
+
+# --------------------------------------------------------------- what is cut, changed and counted
+
+
+def test_of_a_document_that_is_too_long_as_many_answers_as_fit_are_learned(tokenizer, tiny_config):
+    turns = [([picture(0)], "What is it?", "a cat"), ([], "Where?", "at the top"),
+             ([], "And then?", "a dog")]
+    whole = [encode(chat_document(turns[:n]), tokenizer) for n in (1, 2, 3)]
+    lengths = [len(document.ids) for document in whole]
+    for limit, n in ((lengths[2], 3), (lengths[2] - 1, 2), (lengths[1], 2), (lengths[1] - 1, 1)):
+        source = Listed([[chat_document(turns)]])
+        (batch,) = loader(source, tokenizer, tiny_config(max_seq_len=limit), iter([[0]]), 0)
+        assert batch.tokens.tolist() == whole[n - 1].ids and not batch.dropped
+    (batch,) = loader(source, tokenizer, tiny_config(max_seq_len=lengths[0] - 1), iter([[0]]), 0)
+    assert f"{lengths[2]} tokens, longer than max_seq_len" in batch.dropped[0]
+
+
+def test_pictures_behind_the_cut_are_not_shown(tokenizer, tiny_config):
+    page = [Image(picture(0)), Text("a cat", learn=True), Image(picture(1)),
+            Text("a dog " * 20, learn=True)]
+    (batch,) = loader(Listed([[page]]), tokenizer, tiny_config(max_seq_len=12), iter([[0]]), 0)
+    assert batch.tokens.tolist() == encode(page[:2], tokenizer).ids and len(batch.images) == 1
+
+
+def photo_folder(folder, n: int = 6):
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), np.uint8)
+        PIL_Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}" if i else "at [0.100, 0.200, 0.300, 0.400]")
+    return DataSets((str(folder),)).stream("train", 0, "nanovilla", 0.0)
+
+
+def test_augmentation_is_the_same_for_any_workers_and_another_each_epoch(
+    tokenizer, tiny_config, tmp_path
+):
+    source, config = photo_folder(tmp_path), tiny_config(visible_images="all", max_images=2)
+    changes = Augment(smallest_crop=0.5, jitter=0.4)
+    numbers = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    alone, helped = ([*loader(source, tokenizer, config, iter(numbers), workers, changes)]
+                     for workers in (0, 2))
+    assert equal(alone, helped)
+    seen = {}
+    for batch in alone:
+        for origin, shown, factors in zip(batch.origins, batch.images, batch.jitter, strict=True):
+            seen.setdefault(origin.key, []).append((shown.tolist(), factors.tolist()))
+    boxed = next(key for key, looks in seen.items() if looks[0] == looks[1])
+    assert boxed == "0"  # its words hold a box
+    assert all(looks[0][0] != looks[1][0] and looks[0][1] != looks[1][1]
+               for key, looks in seen.items() if key != boxed)
+    assert all(factors == [1, 1, 1] for _, factors in seen["0"])
+
+
+def test_pictures_are_jittered_where_they_arrive_and_only_once(tokenizer, tiny_config, tmp_path):
+    (batch,) = loader(photo_folder(tmp_path), tokenizer, tiny_config(), iter([[1, 2, 3]]), 0,
+                      Augment(jitter=0.5))
+    there = batch.to(torch.device("cpu"))
+    assert torch.equal(there.images, jitter(batch.images, batch.jitter)) and there.jitter is None
+    assert not torch.equal(there.images, batch.images)
+    assert equal(there.to(torch.device("cpu")), there)
+
+
+def test_the_hash_of_the_data_knows_samples_and_no_order(tokenizer, tiny_config, tmp_path):
+    source = photo_folder(tmp_path)
+
+    def hashed(*numbers):
+        return sum(b.data_hash for b in loader(source, tokenizer, tiny_config(), iter(numbers), 0))
+
+    assert hashed([0, 1, 2, 3]) == hashed([2], [3, 0], [1]) != hashed([0, 1, 2, 4])
+
+
+def test_a_tally_tells_each_reason_once_and_names_files_that_lost_most():
+    tally, other = Tally(), Tally()
+    good = Origin("a.tar", "1")
+    bad = [Origin("b.tar", str(i), "damaged picture", f"b.tar {i}: cut") for i in range(3)]
+    assert tally.add([good, bad[0], bad[1]]) == ["b.tar 0: cut"] and tally.add([bad[2]]) == []
+    other.add([good] * 6)
+    both = tally.merge(other)
+    assert both.report().splitlines() == [
+        "samples: 7 used, 3 left out (30.0 %)", "  3 damaged picture",
+        "  more than half lost in b.tar: 3 of 3"]
+    again = Tally(**json.loads(json.dumps({"reasons": both.reasons, "files": both.files})))
+    assert again.report() == both.report()
+
+
+@pytest.mark.parametrize("n_bad, n_good, gives_up", [
+    (20, 0, False), (21, 0, True), (21, 80, True), (21, 84, False), (250, 1000, False)])
+def test_a_run_gives_up_when_too_many_are_bad_but_not_at_the_first(n_bad, n_good, gives_up):
+    tally = Tally()
+    tally.add([Origin("a", "x", "bad", "line")] * n_bad + [Origin("a", "y")] * n_good)
+    assert tally.too_bad(0.2) is gives_up

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
-from data import chat_document, encode, pixels, prompts
+from data import encode, pixels, prompts
 from formats import Image as Picture
-from formats import Text
+from formats import Text, chat_document
 from generate import generate
 from kernels import rope_table
 from tests import checkpoints

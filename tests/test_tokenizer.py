@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import published
 import tokenizer as tokenizer_module
 import world
-from data import chat_document, encode
+from data import encode
+from formats import chat_document
 from tokenizer import (
     SPECIAL_TOKENS,
     Piece,

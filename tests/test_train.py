@@ -6,6 +6,7 @@ pytest tests/test_train.py -m slow       four and eight processes, real photogra
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,10 +23,14 @@ from PIL import Image
 
 import sample
 import train
+from checkpoint import latest_checkpoint, read_best
 from config import TrainConfig
-from data import DrawnWorld, Pairs, Samples
+from data import Samples
+from drawn import DrawnWorld
 from model import VisionLanguageModel
+from sources import DataSets
 from tests import checkpoints
+from tests.shards import write_shard
 from tokenizer import Tokenizer
 from vision import open_image
 from weights import BUILT_IN, load_model, read_checkpoint
@@ -55,7 +60,8 @@ def log(folder: Path) -> list[dict]:
 
 def curve(folder: Path) -> list[tuple]:
     """What every step computed; times left out."""
-    names = ("stage", "step", "loss", "contrastive", "grad_norm", "lr", "n_tokens")
+    names = ("stage", "step", "loss", "contrastive", "grad_norm", "lr", "n_tokens",
+             "n_samples", "data")
     return [tuple(line[name] for name in names) for line in log(folder) if "loss" in line]
 
 
@@ -168,7 +174,7 @@ def test_old_checkpoints_go_and_half_written_ones_are_ignored(tmp_path):
     folders = sorted(f.name for f in (out / "checkpoints").iterdir())
     assert folders == ["step_00000005", "step_00000006"]
     (out / "checkpoints" / folders[1] / "state.json").unlink()
-    assert train.latest_checkpoint(out).name == folders[0]
+    assert latest_checkpoint(out).name == folders[0]
 
 
 def test_an_earlier_run_is_not_overwritten(finished, cli):
@@ -195,7 +201,7 @@ def lose_weights(checkpoint: Path) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_log_stays(finished, tmp_path, cli, damage):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    checkpoint = train.latest_checkpoint(out)
+    checkpoint = latest_checkpoint(out)
     damage(checkpoint)
     before = (out / "log.jsonl").read_bytes()
     code, _, err = cli(train, "--resume", out)
@@ -398,6 +404,76 @@ def test_a_broken_picture_is_left_out_and_said_once(tmp_path):
     assert all(line["n_samples"] == 2 for line in log(tmp_path / "out" / "mine") if "loss" in line)
 
 
+def own_data(folder: Path) -> None:
+    """Four shards with broken samples among them, LLaVA's JSON, documents of one's own."""
+    for shard in range(4):
+        write_shard(folder, shard, n=20, broken=0.2)
+    picture_folder(folder / "images")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dot."}]
+    (folder / "llava.json").write_text(json.dumps(
+        [{"id": i, "image": "red.jpg", "conversations": turns} for i in range(9)]
+        + [{"id": "text only", "conversations": [{"from": "human", "value": "Hello?"},
+                                                 {"from": "gpt", "value": "Yes."}]}]))
+    documents = [{"document": [{"text": f"Number {i}:"}, {"image": "images/blue.jpg"},
+                               {"text": "all blue.", "learn": True}]} for i in range(7)]
+    (folder / "mine.jsonl").write_text("\n".join([*map(json.dumps, documents), "no json"]))
+
+
+SHARDS = "data/{00000..00003}.tar"
+
+
+@pytest.mark.parametrize("data", [
+    [SHARDS], [f"{SHARDS}*0.5", "data/llava.json@data/images*0.3", "data/mine.jsonl*0.2"]])
+def test_a_run_on_data_sets_goes_on_with_the_same_samples_on_other_workers(tmp_path, data):
+    own_data(tmp_path / "data")
+    text = finish(start("--data", *data, "--batch-size", 10, "--workers", 0, "--steps", 8,
+                        "--checkpoint-every", 4, "--eval-every", 4, "--max-bad", 1,
+                        "--random-crop", 0.5, "--jitter", 0.3, "--out", "run", cwd=tmp_path))
+    whole = tmp_path / "run"
+    first = [line for line in log(whole) if "loss" in line]
+    assert len({line["data"] for line in first}) == 8
+    assert any(line["n_samples"] < 10 for line in first)
+    report = text[text.index("samples: "):]
+    assert re.search(r"samples: \d+ used, \d+ left out .*\n  \d+ ", report)
+    assert read_best(whole)["checkpoint"] in {f.name for f in (whole / "checkpoints").iterdir()}
+    again = tmp_path / "again"
+    shutil.copytree(whole, again)
+    (again / "checkpoints" / "step_00000008" / "state.json").unlink()
+    resumed = finish(start("--resume", again, "--workers", 2))
+    assert curve(again) == curve(whole)
+    assert resumed[resumed.index("samples: "):].splitlines()[0] == report.splitlines()[0]
+
+
+def test_a_run_gives_up_with_a_report_when_too_much_is_broken(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_shard(tmp_path / "data", 0, n=60, broken=0.7)
+    code, _, err = cli(train, "--data", "data/00000.tar", "--workers", 0, "--steps", 50,
+                       "--batch-size", 10, "--out", "run")
+    assert code == 2 and "--max-bad 0.2" in err.splitlines()[-1]
+    assert "more than half lost in data/00000.tar" in err
+
+
+def test_other_data_gives_the_validation_loss(tmp_path):
+    own_data(tmp_path / "data")
+    text = finish(start("--data", "data/llava.json@data/images", "--val", "data/mine.jsonl",
+                        "--batch-size", 4, "--workers", 0, "--steps", 2, cwd=tmp_path))
+    assert "evaluation" in text and "too few samples to hold any out" not in text
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--data", "mine*0.5", "mine"], "every data set a *SHARE"), (["--val", "mine"], "--val"),
+    (["--data", "nowhere"], "nowhere: no such folder"),
+    (["--data", "mine", "--random-crop", "1.5"], "at most 1"),
+    (["--data", "mine", "--stages", "pretrain"], "--stages"),
+])
+def test_data_that_cannot_be_is_one_line(tmp_path, cli, monkeypatch, flags, says):
+    monkeypatch.chdir(tmp_path)
+    picture_folder(tmp_path / "mine")
+    code, out, err = cli(train, *flags, "--out", "run")
+    assert (code, out, err.count("\n")) == (2, "", 1) and says in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_published_parts_are_connected_trained_saved_and_gone_on_with(tmp_path, cli):
     picture_folder(tmp_path / "mine")
     checkpoints.write_torchscript(tmp_path / "ViT.pt", checkpoints.hf_clip())
@@ -526,13 +602,13 @@ def of_idefics(parts: Path) -> tuple:
 
 def test_captions_are_not_searched_for_in_a_vocabulary_without_ret(parts, tmp_path):
     captions = picture_folder(tmp_path / "mine")
-    pairs = [(tmp_path / "mine" / f"{name}.jpg", words) for name, words in captions.items()]
+    sets = DataSets((str(tmp_path / "mine"),))
     config, theirs = of_idefics(parts)
     ours = Tokenizer(BUILT_IN / "tokenizer.model")
     for tokenizer, n in ((theirs, 2), (ours, 3)):
-        samples = Samples(Pairs(pairs, 0, tokenizer.chat), tokenizer, config.decoder)
-        for index in range(len(pairs)):
-            documents = samples[index]
+        samples = Samples(sets.stream("train", 0, tokenizer.chat, 0.0), tokenizer, config)
+        for index in range(len(captions)):
+            _, documents = samples[index]
             assert len(documents) == n and sum(len(d.rets) for d in documents) == n - 2
             assert all(max(d.ids) < tokenizer.vocab_size + tokenizer.n_special for d in documents)
     asked = samples.tokenizer.decode(documents[-1].ids)
@@ -542,16 +618,16 @@ def test_captions_are_not_searched_for_in_a_vocabulary_without_ret(parts, tmp_pa
 @pytest.mark.parametrize("stage", ["pretrain", "instruct"])
 def test_no_scene_of_the_drawn_world_is_empty_in_a_vocabulary_without_ret(parts, stage):
     config, tokenizer = of_idefics(parts)
-    model = train.source(TrainConfig(), [], stage, config)
+    model = train.source(TrainConfig(), None, stage, config)
     assert isinstance(model, DrawnWorld)
     longest = config.decoder.max_seq_len
-    samples = Samples(model, tokenizer, config.decoder)
+    samples = Samples(model, tokenizer, config)
     for index in range(60):
-        sample_ = samples[index]
-        if isinstance(sample_, str):
-            assert f"longer than max_seq_len {longest}" in sample_
+        origin, documents = samples[index]
+        if origin.reason:
+            assert f"longer than max_seq_len {longest}" in origin.line
         else:
-            assert sample_ and not any(document.rets for document in sample_)
+            assert documents and not any(document.rets for document in documents)
 
 
 @pytest.mark.slow

@@ -1,0 +1,352 @@
+"""Sources: the data sets of a run, named on the command line, opened, mixed, in exact order.
+
+A data set is named `[NAME=]FILES[@PICTURES][*SHARE]`:
+
+    photos/                              a folder of name.jpg + name.txt
+    'cc3m/{00000..00331}.tar'            shards as img2dataset writes them
+    llava_v1_5_mix665k.json@images/      conversations, and the folder of their pictures
+    vqav2=v2_OpenEnded_mscoco_train2014_questions.json@train2014/
+    mine.jsonl*0.2                       your own documents (formats.read_own), a fifth of all
+
+The NAME of a published set in formats.FORMATS chooses its reader; without one, the file does.
+Sources with shares are mixed in exactly these proportions, each going round at its own pace;
+without, all are one large set, every sample of it seen once an epoch.
+"""
+
+import glob
+import os
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+from formats import (
+    FORMATS,
+    Document,
+    Reading,
+    Ret,
+    caption_documents,
+    chat_document,
+    find_pairs,
+    format_of,
+    parse,
+    there,
+)
+from order import Order, Shares, rng_of
+from records import HELD_OUT, BadRecord, Records, expand, hash_of, key_of, read_sample
+
+# ------------------------------------------------------------------------------------ data sets
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A data set as named on the command line, its parts taken apart."""
+
+    files: str
+    name: str = ""
+    pictures: str = ""
+    share: str = ""
+
+    @staticmethod
+    def of(text: str) -> "Spec":
+        """From the command line's form.
+
+        >>> Spec.of("mine=a.json@b*0.5")
+        Spec(files='a.json', name='mine', pictures='b', share='0.5')
+        """
+        name, files, pictures, share = re.fullmatch(
+            r"(?:([\w+.-]+)=)?(.+?)(?:@([^@]+?))?(?:\*(\d+\.?\d*|\.\d+))?", text).groups("")
+        if pictures and os.path.exists(f"{files}@{pictures}"):
+            files, pictures = f"{files}@{pictures}", ""
+        return Spec(files, name, pictures, share)
+
+    def __str__(self) -> str:
+        return (f"{self.name}=" * bool(self.name) + self.files + f"@{self.pictures}" *
+                bool(self.pictures) + f"*{self.share}" * bool(self.share))
+
+    def absolute(self) -> "Spec":
+        """The same from wherever it is read."""
+        files = "::".join(map(os.path.abspath, self.files.split("::")))
+        pictures = os.path.abspath(self.pictures) if self.pictures else ""
+        return replace(self, files=files, pictures=pictures)
+
+    @property
+    def label(self) -> str:
+        """A word for it: its name, or that of its folder or file."""
+        path = Path(self.files.split("::")[0]).absolute()
+        return self.name or (path.parent.name if path.suffix == ".tar" else path.stem)
+
+    def paths(self) -> list[str]:
+        """The files that it means, all of which are there. ValueError otherwise."""
+        paths = []
+        for name in expand(self.files):
+            found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+            for path in found or [name]:
+                inside = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+                paths += inside or [path]
+        missing = [path for path in paths if not os.path.exists(path)]
+        if missing:
+            kind = "file" if Path(missing[0]).suffix else "folder"
+            raise ValueError(f"{missing[0]}: no such {kind}" + (
+                f" ({len(missing)} of {len(paths)} are not there)" if len(paths) > 1 else ""))
+        return paths
+
+
+class Source:
+    """A data set's samples: `documents(file, row, ...)` reads one.
+
+    `label` names it, `n_train` and `n_held_out` (files,) count its rows: first those to train on,
+    then those held out. A set of less than a thousand samples holds none out. `notes` tells what
+    was left out from the beginning. ValueError if there is nothing to read.
+    """
+
+    def __init__(self, spec: Spec):
+        paths = spec.paths()
+        self.label, self.notes = spec.label, []
+        self.open(paths, spec)
+        counts = self.counts
+        if not counts[:, :2].sum():
+            raise ValueError(f"{spec.files}: holds no sample that can be used")
+        if counts[:, :2].sum() < HELD_OUT:
+            counts = np.stack([counts[:, 0] + counts[:, 1], 0 * counts[:, 1]], 1)
+        self.n_train, self.n_held_out = counts[:, 0], counts[:, 1]
+
+    def open(self, paths: list[str], spec: Spec) -> None:
+        name = spec.name if spec.name in FORMATS else format_of(paths[0])
+        strange = [p for p in paths if Path(p).suffix not in (".tar", ".json", ".jsonl")]
+        if strange:
+            raise ValueError(f"{strange[0]}: is neither .tar, .json, .jsonl nor a folder of "
+                             f"name.jpg + name.txt")
+        if name == "shards":
+            paths = self.finished(paths)
+        self.format = FORMATS[name]
+        self.pictures = spec.pictures or os.path.dirname(paths[0]) or "."
+        if not os.path.isdir(self.pictures):
+            raise ValueError(f"{self.pictures}: no such folder of pictures")
+        usable = self.format.pictures and partial(there, name=name, root=self.pictures,
+                                                  file=paths[0])
+        about = hash_of(os.path.abspath(self.pictures)) if usable else 0
+        self.records = Records(paths, self.format.where, usable, about)
+        if usable and self.came_back(usable):
+            self.records = Records(paths, self.format.where, usable, about, again=True)
+        self.paths, self.counts = paths, self.records.counts
+        if n := int(self.counts[:, 2].sum()):
+            self.notes.append(f"{n} of {self.counts.sum()} entries name pictures that are not in "
+                              f"{self.pictures}")
+        self.notes += [f"{path}: breaks off; its whole samples are used"
+                       for path, cut in zip(paths, self.records.cut, strict=True) if cut]
+        self.beside = {table: (Records([path], where), None) for table, (path, where)
+                       in self.format.beside(paths[0]).items()}
+        rewrites = {i: f"{path[:-4]}.rewrites.jsonl" for i, path in enumerate(paths)
+                    if path.endswith(".tar") and os.path.exists(f"{path[:-4]}.rewrites.jsonl")}
+        if rewrites:
+            self.beside["rewrites"] = (Records([*rewrites.values()]),
+                                       {file: i for i, file in enumerate(rewrites)})
+
+    def came_back(self, usable: Callable[[object], bool], most: int = 300) -> bool:
+        """Whether pictures that were missing when the files were indexed are there now."""
+        for file, (n_train, n_held_out, n_missing) in enumerate(self.records.counts.tolist()):
+            first = n_train + n_held_out
+            for row in range(first, first + n_missing, -(-n_missing // most) or 1):
+                if usable(parse(self.records.read(file, row))):
+                    return True
+        return False
+
+    def finished(self, paths: list[str]) -> list[str]:
+        """Without the shards that img2dataset was still writing: their statistics are missing."""
+        listed = {folder: set(os.listdir(folder or ".")) for folder in map(os.path.dirname, paths)}
+        stats = [f"{os.path.basename(path)[:-4]}_stats.json" in listed[os.path.dirname(path)]
+                 for path in paths]
+        unfinished = [path for path, known in zip(paths, stats, strict=True) if not known]
+        if not any(stats) or not unfinished:
+            return paths
+        self.notes += [f"{path}: has no _stats.json, so its download was not finished; left out"
+                       for path in unfinished]
+        return [path for path in paths if path not in set(unfinished)]
+
+    def entry(self, file: int, row: int) -> tuple[str, object]:
+        """(key, entry) of a sample, as its reader takes it."""
+        content = self.records.read(file, row)
+        if self.paths[file].endswith(".tar"):
+            sample = read_sample(content)
+            return sample["__key__"], sample
+        entry = parse(content)
+        return key_of(entry, row), entry
+
+    def documents(self, file: int, row: int, entry: object, reading: Reading) -> list[Document]:
+        """What the reader makes of an entry; BadRecord whatever is wrong with it."""
+        at = replace(reading, pictures=self.pictures, file=self.paths[file],
+                     find=partial(self.find, file, row))
+        try:
+            return self.format.read(entry, at)
+        except BadRecord:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise BadRecord("not as its format", f"{type(error).__name__}: {error}") from None
+
+    def find(self, file: int, row: int, table: str, key: object) -> dict | None:
+        """An entry of a table beside, by its key."""
+        if table not in self.beside:
+            return None
+        records, files = self.beside[table]
+        at = 0 if files is None else files.get(file)
+        found = None if at is None else records.find(at, str(key), near=row)
+        return None if found is None else parse(records.read(at, found))
+
+    def fingerprint(self) -> int:
+        """A number that changes when a file gets other records."""
+        names = [(os.path.basename(path), counts.tolist())
+                 for path, counts in zip(self.paths, self.counts, strict=True)]
+        return zlib.crc32(repr(names).encode())
+
+
+class Folder(Source):
+    """A folder of `name.jpg` + `name.txt`, each pair also as a question about the picture."""
+
+    def open(self, paths: list[str], spec: Spec) -> None:
+        pairs = [pair for path in paths for pair in find_pairs(path)]
+        self.paths = [spec.files]
+        held_out = [hash_of(path.stem) % HELD_OUT == 0 for path, _ in pairs]
+        self.pairs = [pair for part in (False, True)
+                      for pair, held in zip(pairs, held_out, strict=True) if held is part]
+        self.counts = np.array([[len(pairs) - sum(held_out), sum(held_out), 0]])
+
+    def entry(self, file: int, row: int) -> tuple[str, object]:
+        return self.pairs[row][0].stem, self.pairs[row]
+
+    def documents(self, file: int, row: int, entry: object, reading: Reading) -> list[Document]:
+        picture, caption = str(entry[0]), entry[1]
+        turn = ([picture], "What is in the picture?", caption)
+        return [*caption_documents(picture, caption), chat_document([turn], reading.chat)]
+
+    def fingerprint(self) -> int:
+        return zlib.crc32(repr([(path.name, caption) for path, caption in self.pairs]).encode())
+
+
+def open_source(spec: Spec) -> Source:
+    """The data set that a Spec names. ValueError with one line if it cannot be read."""
+    is_folder = os.path.isdir(spec.files) and not glob.glob(
+        os.path.join(glob.escape(spec.files), "*.tar"))
+    return (Folder if is_folder else Source)(spec)
+
+
+def open_sources(texts: tuple[str, ...]) -> tuple[list[Source], list[Fraction]]:
+    """Data sets as named on the command line -> they, and their shares; no shares: all are one."""
+    specs = [Spec.of(text) for text in texts]
+    weights = [spec.share for spec in specs if spec.share]
+    if weights and len(weights) < len(specs):
+        raise ValueError("give every data set a *SHARE, or none")
+    if not all(map(float, weights)):
+        raise ValueError("a data set's *SHARE must be above 0")
+    return [open_source(spec) for spec in specs], Shares.of(weights) if weights else []
+
+
+# -------------------------------------------------------------------------------------- in order
+
+
+@dataclass
+class Sample:
+    """A sample of a run. `rng` draws what is drawn for it, its augmentation say; None: nothing."""
+
+    file: str
+    key: str
+    documents: list[Document]
+    rng: Random | None = None
+
+
+class Stream:
+    """stream.at(number) -> the run's sample of that number; endless, whatever the number.
+
+    shares: how often each source has its turn, or none: then all are one set. part: "train" or
+    "held out". paraphrase: as in Reading; chat: the model's chat template.
+    """
+
+    def __init__(self, sources: list[Source], shares: list, seed: int, part: str = "train",
+                 paraphrase: float = 0.0, chat: str = "nanovilla"):
+        self.sources, self.seed, self.part = sources, seed, part
+        self.paraphrase, self.chat = paraphrase, chat
+        self.groups = [[source] for source in sources] if shares else [sources]
+        self.shares = Shares(shares or Shares.of(["1"]), seed)
+        self.orders = [Order(np.concatenate([self.rows(s) for s in group]), seed)
+                       for group in self.groups]
+
+    def rows(self, source: Source) -> np.ndarray:
+        return source.n_train if self.part == "train" else source.n_held_out
+
+    def __len__(self) -> int:
+        return sum(map(len, self.orders))
+
+    def place(self, number: int) -> tuple[Source, int, int, int]:
+        """(source, epoch, file, row)"""
+        group, number = self.shares[number]
+        epoch, file, row = self.orders[group][number]
+        for source in self.groups[group]:
+            if file < len(source.n_train):
+                break
+            file -= len(source.n_train)
+        return source, epoch, file, row + (self.part != "train") * int(source.n_train[file])
+
+    def at(self, number: int) -> Sample:
+        """Raises BadRecord if the sample cannot be used."""
+        source, epoch, file, row = self.place(number)
+        key, entry = source.entry(file, row)
+        rng = rng_of(self.seed, epoch, key)
+        reading = Reading(rng, self.chat, self.paraphrase)
+        try:
+            documents = source.documents(file, row, entry, reading)
+        except BadRecord as error:
+            error.key = key
+            raise
+        if not any(isinstance(segment, Ret) or getattr(segment, "learn", False)
+                   for document in documents for segment in document):
+            raise BadRecord("nothing to learn")
+        return Sample(str(source.paths[file]), key, documents, rng)
+
+    def file(self, number: int) -> str:
+        """The file that a sample stands in, for a report."""
+        source, _, file, _ = self.place(number)
+        return str(source.paths[file])
+
+
+class DataSets:
+    """The sets that a run trains on, and what it is evaluated on: other sets, or held-out samples.
+
+    data, val: as on the command line. `notes`: what was left out from the beginning.
+    """
+
+    def __init__(self, data: tuple[str, ...], val: tuple[str, ...] = ()):
+        self.train, self.shares = open_sources(data)
+        self.val, self.val_shares = open_sources(val)
+        if val:  # then nothing has to be held out
+            for source in (*self.train, *self.val):
+                source.n_train, source.n_held_out = (source.n_train + source.n_held_out,
+                                                     0 * source.n_held_out)
+        if not val and not any(source.n_held_out.sum() for source in self.train):
+            self.train[0].notes.append("too few samples to hold any out: the validation loss is "
+                                       "that of samples that are trained on")
+        self.notes = [note for source in (*self.train, *self.val) for note in source.notes]
+
+    def stream(self, part: str, seed: int, chat: str, paraphrase: float) -> Stream:
+        """The samples to train on, or ("test") those of the validation.
+
+        Of sets that are too small to hold any out, validation takes what is trained on.
+        """
+        if part == "train":
+            return Stream(self.train, self.shares, seed, part, paraphrase, chat)
+        if self.val:
+            return Stream(self.val, self.val_shares, seed, "train", 0.0, chat)
+        held = [i for i, source in enumerate(self.train) if source.n_held_out.sum()]
+        if not held:
+            return Stream(self.train, self.shares, seed, "train", 0.0, chat)
+        shares = Shares.of([self.shares[i] for i in held]) if self.shares else []
+        return Stream([self.train[i] for i in held], shares, seed, "held out", 0.0, chat)
+
+    def fingerprint(self) -> int:
+        """A number that changes when the data does, or the order of the sets."""
+        return zlib.crc32(repr([source.fingerprint() for source in self.train]).encode())

@@ -1,0 +1,355 @@
+"""Laws of data sets: what a name means, what is left out, which sample comes when.
+
+pytest tests/test_sources.py
+"""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sources
+from data import Samples, loader, sample_numbers
+from formats import Image, Text
+from records import HELD_OUT, BadRecord, hash_of
+from sources import DataSets, Spec, open_source, open_sources
+from tests.shards import MENDED, SPOILED, WHOLE, write_sample, write_shard
+
+
+def stream(*texts: str, part: str = "train", seed: int = 0, paraphrase: float = 0.0):
+    return DataSets(tuple(map(str, texts))).stream(part, seed, "nanovilla", paraphrase)
+
+
+def keys(samples, n: int | None = None) -> list[str]:
+    return [samples.at(i).key for i in range(len(samples) if n is None else n)]
+
+
+# ----------------------------------------------------------------------------- names of data sets
+
+
+def test_the_worked_examples_are_true():
+    import doctest
+
+    import formats
+    import order
+    import records
+    for module in (formats, order, records, sources):
+        assert not doctest.testmod(module).failed
+
+
+@pytest.mark.parametrize("text, spec", [
+    ("photos", Spec("photos")), ("a/{0..3}.tar", Spec("a/{0..3}.tar")),
+    ("a.json@b/c", Spec("a.json", pictures="b/c")), ("a.tar*0.25", Spec("a.tar", share="0.25")),
+    ("x=a.json@b*3", Spec("a.json", "x", "b", "3")), ("*.tar", Spec("*.tar")),
+    ("shards/*.tar*.5", Spec("shards/*.tar", share=".5")), ("a.tar::b.tar", Spec("a.tar::b.tar")),
+    ("refcoco+=refs.json", Spec("refs.json", "refcoco+")),
+])
+def test_a_name_is_taken_apart_and_put_together(text, spec):
+    assert Spec.of(text) == spec and str(spec) == text
+
+
+def test_a_path_that_holds_an_at_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ViT@336").mkdir()
+    assert Spec.of("ViT@336") == Spec("ViT@336")
+    assert Spec.of("ViT@335") == Spec("ViT", pictures="335")
+
+
+def test_a_name_says_the_same_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(Spec.of("m=a.json@b*0.5").absolute()) == f"m={tmp_path}/a.json@{tmp_path}/b*0.5"
+    assert str(Spec.of("a.tar::b.tar").absolute()) == f"{tmp_path}/a.tar::{tmp_path}/b.tar"
+
+
+@pytest.mark.parametrize("text, label", [
+    ("cc3m/{00000..00331}.tar", "cc3m"), ("photos/", "photos"), ("x/mine.jsonl", "mine"),
+    ("own=x/y.jsonl", "own")])
+def test_a_data_set_has_a_word_for_it(text, label):
+    assert Spec.of(text).label == label
+
+
+def test_braces_stars_lists_and_folders_name_shards(tmp_path):
+    for shard in range(3):
+        write_shard(tmp_path, shard, 2)
+    names = [f"{tmp_path}/0000{i}.tar" for i in range(3)]
+    for text in (f"{tmp_path}/{{00000..00002}}.tar", f"{tmp_path}/*.tar", f"{tmp_path}",
+                 "::".join(names)):
+        assert Spec.of(text).paths() == names
+
+
+@pytest.mark.parametrize("text, says", [
+    ("nowhere.tar", "nowhere.tar: no such file"), ("nowhere", "nowhere: no such folder"),
+    ("{00000..00004}.tar", r"00002.tar: no such file \(3 of 5"),
+    ("notes.txt", "notes.txt"), ("empty", "no pictures"), ("list.json@nowhere", "nowhere"),
+    ("nothing.json", "holds no sample"), ("strange.jsonl", "put one of"),
+    ("broken.json", "broken.json: is not JSON at byte"),
+])
+def test_what_cannot_be_a_data_set_is_one_line(tmp_path, monkeypatch, text, says):
+    monkeypatch.chdir(tmp_path)
+    for shard in range(2):
+        write_shard(tmp_path, shard, 2)
+    Path("empty").mkdir()
+    for name, content in (("notes.txt", "x"), ("list.json", '[{"id": 1}]'), ("nothing.json", "[]"),
+                          ("strange.jsonl", '{"x": 1}\n'), ("broken.json", '[{"id": 1}, {"i')):
+        Path(name).write_text(content)
+    with pytest.raises(ValueError, match=says) as error:
+        open_sources((text,))
+    assert "\n" not in str(error.value)
+
+
+def test_shares_are_for_all_or_none(tmp_path):
+    write_shard(tmp_path, 0, 2)
+    for texts, says in ((["*0.5", ""], "every data set"), (["*0", "*1"], "above 0")):
+        with pytest.raises(ValueError, match=says):
+            open_sources(tuple(f"{tmp_path}/00000.tar{text}" for text in texts))
+
+
+# ------------------------------------------------------------------------------- which sample when
+
+
+def test_every_sample_of_some_shards_comes_once_an_epoch(tmp_path):
+    written = [key for shard in range(3) for key in write_shard(tmp_path, shard, 15)]
+    samples = stream(tmp_path)
+    orders = [[samples.at(45 * epoch + i).key for i in range(45)] for epoch in range(3)]
+    assert all(sorted(order) == sorted(written) for order in orders)
+    assert len({*map(tuple, orders)}) == 3
+    assert keys(stream(tmp_path, seed=1)) != orders[0] == keys(stream(tmp_path))
+
+
+def test_a_thousandth_is_held_out_and_never_trained_on(tmp_path):
+    entries = [{"id": i, "document": [{"text": str(i), "learn": True}]} for i in range(3000)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, entries)))
+    train, test = keys(stream(path)), keys(stream(path, part="test"))
+    held = {str(i) for i in range(3000) if hash_of(str(i)) % HELD_OUT == 0}
+    assert set(test) == held and len(test) == len(held) > 0
+    assert {*train} | held == {str(i) for i in range(3000)} and not {*train} & held
+    everything = DataSets((str(path),), (str(path),))
+    assert len(everything.stream("train", 0, "nanovilla", 0)) == 3000
+    assert len(everything.stream("test", 0, "nanovilla", 0)) == 3000
+
+
+def test_a_small_set_holds_nothing_out_and_says_so(tmp_path):
+    write_shard(tmp_path, 0, 20)
+    sets = DataSets((str(tmp_path),))
+    assert len(sets.stream("train", 0, "nanovilla", 0)) == 20
+    assert any("too few samples to hold any out" in note for note in sets.notes)
+
+
+def two_sets(tmp_path: Path) -> list[str]:
+    write_shard(tmp_path / "a", 0, 30)
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(
+        {"id": f"own {i}", "document": [{"text": "x", "learn": True}]}) for i in range(7)))
+    return [f"{tmp_path}/a", f"{tmp_path}/b.jsonl"]
+
+
+def test_a_mixture_holds_exactly_its_shares_and_each_set_goes_round_at_its_own_pace(tmp_path):
+    a, b = two_sets(tmp_path)
+    mixed = keys(stream(f"{a}*0.75", f"{b}*0.25"), 112)
+    own = [key for key in mixed if key.startswith("own")]
+    assert len(own) == 28 and set(Counter(own).values()) == {4}
+    for start in range(0, 112, 4):
+        assert sum(key.startswith("own") for key in mixed[start : start + 4]) == 1
+    together = keys(stream(a, b))
+    assert len(set(together)) == len(together) == 37
+
+
+def test_any_ranks_workers_and_places_to_start_see_the_same_samples(
+    tmp_path, tokenizer, tiny_config
+):
+    write_shard(tmp_path / "a", 1, 20, broken=0.3)
+    samples = stream(f"{tmp_path}/a*0.5", f"{two_sets(tmp_path)[1]}*0.5")
+    config = tiny_config(visible_images="all", max_images=2)
+
+    def seen(size: int, workers: int, first: int, n_steps: int) -> list[set]:
+        steps = [set() for _ in range(n_steps)]
+        for rank in range(size):
+            numbers = sample_numbers(first, n_steps, batch_size=8, accum=1, rank=rank,
+                                     world_size=size)
+            batches = loader(samples, tokenizer, config, numbers, workers)
+            for step, batch in zip(steps, batches, strict=True):
+                step |= {(origin.file, origin.key, origin.reason) for origin in batch.origins}
+        return steps
+
+    whole = seen(1, 0, 0, 6)
+    assert seen(1, 2, 0, 6) == seen(2, 1, 0, 6) == seen(4, 0, 0, 6) == whole
+    assert seen(2, 2, 24, 3) == whole[3:]
+    assert any(reason for step in whole for _, _, reason in step)
+
+
+def test_a_stream_can_be_sent_to_a_worker_and_asked_anywhere(tmp_path):
+    samples = stream(*two_sets(tmp_path))
+    again = pickle.loads(pickle.dumps(samples))
+    assert [again.at(i).key for i in (70, 3, 41)] == [samples.at(i).key for i in (70, 3, 41)]
+
+
+def test_what_is_drawn_for_a_sample_depends_on_seed_epoch_and_key_alone(tmp_path):
+    write_shard(tmp_path, 0, 10)
+
+    def draws(samples, first: int) -> dict:
+        return {s.key: s.rng.random() for s in map(samples.at, range(first, first + 10))}
+
+    one = stream(tmp_path)
+    assert draws(one, 0) == draws(stream(tmp_path), 0)
+    assert not {*draws(one, 0).values()} & {*draws(one, 10).values()}
+    assert not {*draws(one, 0).values()} & {*draws(stream(tmp_path, seed=1), 0).values()}
+    write_shard(tmp_path, 1, 10)  # in another order now
+    both = stream(tmp_path)
+    later = {s.key: s.rng.random() for s in map(both.at, range(20))}
+    assert draws(one, 0).items() <= later.items()
+
+
+def test_a_fingerprint_knows_other_data(tmp_path):
+    a, b = two_sets(tmp_path)
+    one = DataSets((a, b)).fingerprint()
+    assert DataSets((a, b)).fingerprint() == one != DataSets((b, a)).fingerprint()
+    write_shard(Path(a), 0, 29)
+    assert DataSets((a, b)).fingerprint() != one
+
+
+# ------------------------------------------------------------------------------- what is left out
+
+
+@pytest.mark.parametrize("name", [*SPOILED, *MENDED])
+def test_a_spoiled_sample_is_left_out_for_its_reason_or_mended(
+    tmp_path, tokenizer, tiny_config, name
+):
+    jpg, txt, about, reason = (SPOILED | MENDED)[name]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        write_sample(tar, "000000001", jpg, txt, about)
+    samples = Samples(stream(tmp_path / "0.tar"), tokenizer, tiny_config())
+    origin, documents = samples[0]
+    assert origin.reason == reason
+    if reason:
+        assert "0.tar 000000001: " in origin.line and not documents
+    else:
+        assert [len(document.images) for document in documents] == [1, 0]
+
+
+def test_transparent_parts_are_white_and_16_bits_are_no_white(tmp_path, tokenizer, tiny_config):
+    from PIL import Image as PIL_Image
+
+    from tests.shards import encoded
+    clear = PIL_Image.new("RGBA", (40, 40), (200, 0, 0, 0))
+    grey = PIL_Image.fromarray(np.full((40, 40), 100 * 256, np.uint16))
+    for name, image, value in (("clear", clear, 255), ("grey", grey, 100)):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            write_sample(tar, "1", encoded(image, "PNG"), b"a cat")
+        _, documents = Samples(stream(tmp_path / f"{name}.tar"), tokenizer, tiny_config())[0]
+        assert documents[0].images[0].pixels.unique().tolist() == [value]
+
+
+def test_a_shard_without_statistics_among_others_is_left_out(tmp_path):
+    write_shard(tmp_path, 0, 5)
+    write_shard(tmp_path, 1, 5, finished=False)
+    (source,), _ = open_sources((str(tmp_path),))
+    assert source.n_train.sum() == 5 and "00001.tar" in source.notes[0]
+    (tmp_path / "00000_stats.json").unlink()  # then these are not img2dataset's
+    (source,), _ = open_sources((str(tmp_path),))
+    assert source.n_train.sum() == 10 and not source.notes
+
+
+def test_of_a_shard_that_breaks_off_whole_samples_are_used(tmp_path):
+    write_shard(tmp_path, 0, 6, finished=False)
+    whole = (tmp_path / "00000.tar").read_bytes()
+    (tmp_path / "00000.tar").write_bytes(whole[: len(whole) // 2])
+    (source,), _ = open_sources((str(tmp_path),))
+    assert 0 < source.n_train.sum() < 6 and "breaks off" in source.notes[0]
+
+
+def test_a_sample_without_its_picture_or_its_words_is_left_out(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("1.txt", b"a cat"), ("2.jpg", WHOLE), ("3.txt", b"words"),
+                              ("3.jpg", WHOLE)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    samples, reasons = stream(tmp_path / "0.tar"), {}
+    for i in range(3):
+        try:
+            reasons[samples.at(i).key] = ""
+        except BadRecord as error:
+            reasons[error.reason] = str(error)
+    assert "3" in reasons and {"no picture in the sample", "no words"} < {*reasons}
+
+
+def test_entries_without_their_picture_are_set_aside_and_come_back_with_it(tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps([{"id": i, "image": f"{i}.jpg", "conversations": turns}
+                                for i in range(5)]))
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(WHOLE)
+    source = open_source(Spec.of(str(path)))
+    assert source.n_train.sum() == 3 and "2 of 5 entries name pictures" in source.notes[0]
+    (tmp_path / "3.jpg").write_bytes(WHOLE)
+    assert open_source(Spec.of(str(path))).n_train.sum() == 4
+
+
+def test_captions_of_laion_coco_are_its_captioners(tmp_path):
+    about = {"top_caption": "the best one", "all_captions": ["first one", "second one", "dog"]}
+    write_shard(tmp_path, 0, 40, about=about)
+    said = {s.documents[0][1].string for s in map(stream(tmp_path).at, range(40))}
+    assert said == {"the best one"}
+    drawn = Counter(s.documents[0][1].string for s in map(stream(tmp_path, paraphrase=1.0).at,
+                                                          range(400)))
+    assert {*drawn} == {"the best one", "first one", "second one"}  # never a single word
+    assert all(60 < n for n in drawn.values())
+
+
+def test_rewrites_beside_a_shard_are_drawn_by_key(tmp_path):
+    written = write_shard(tmp_path, 0, 30)
+    (tmp_path / "00000.rewrites.jsonl").write_text("".join(json.dumps(
+        {"key": key, "rewrites": [f"{key} again", f"{key} once more"]}) + "\n"
+        for key in written[:20]))
+
+    def told(paraphrase: float, n: int) -> dict:
+        said: dict = {}
+        samples = stream(tmp_path, paraphrase=paraphrase)
+        for sample in map(samples.at, range(n)):
+            said.setdefault(sample.key, []).append(sample.documents[0][1].string)
+        return said
+
+    assert all(words == [f"a photo of {key}"] for key, words in told(0.0, 30).items())
+    drawn = told(1.0, 900)
+    for key, words in drawn.items():
+        assert all(key in line for line in words)
+        assert len({*words}) == (3 if key in written[:20] else 1)
+    assert drawn == told(1.0, 900)
+
+
+def test_tar_members_that_lead_outside_are_refused(tmp_path):
+    for n, name in enumerate(("/etc/x.jpg", "../x.jpg", "a/../../x.jpg")):
+        with tarfile.open(tmp_path / f"{n}.tar", "w") as tar:
+            info = tarfile.TarInfo(name)
+            info.size = len(WHOLE)
+            tar.addfile(info, io.BytesIO(WHOLE))
+        with pytest.raises(BadRecord, match="path outside"):
+            stream(tmp_path / f"{n}.tar").at(0)
+
+
+@pytest.mark.parametrize("image", ["../secret.jpg", "/etc/secret.jpg", "link.jpg"])
+def test_names_and_links_that_lead_out_of_the_pictures_are_refused(tmp_path, image):
+    root = tmp_path / "images"
+    root.mkdir()
+    (tmp_path / "secret.jpg").write_bytes(WHOLE)
+    os.symlink(tmp_path / "secret.jpg", root / "link.jpg")
+    document = [{"image": image}, {"text": "a cat", "learn": True}]
+    (root / "own.jsonl").write_text(json.dumps({"document": document}))
+    with pytest.raises(BadRecord, match="path outside"):
+        stream(root / "own.jsonl").at(0)
+
+
+def test_a_folder_is_captions_searches_and_questions(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(WHOLE)
+    (tmp_path / "a.txt").write_text("a cat")
+    (sample,) = map(stream(tmp_path).at, range(1))
+    caption, search, question = sample.documents
+    assert caption == [Image(str(tmp_path / "a.jpg")), Text("a cat", learn=True)]
+    assert sample.key == "a" and sample.file == str(tmp_path)
