@@ -629,8 +629,9 @@ FORMATS = {
 
 # What names and first lines say, for files that come without a NAME= in front.
 BY_NAME = {
-    r"\.tar$": "shards", r"^blip_.*\.json$": "blip", r"^docs_shard_.*\.jsonl$": "mmc4",
-    r"^refs.*\.json$": "refcoco", r"^region_descriptions.*\.json$": "vg",
+    r"\.tar$": "shards", r"\.parquet$": "obelics", r"^blip_.*\.json$": "blip",
+    r"^docs_shard_.*\.jsonl$": "mmc4", r"^refs.*\.json$": "refcoco",
+    r"^region_descriptions.*\.json$": "vg",
     r"^v2_OpenEnded_.*\.json$": "vqav2", r"^OpenEnded_mscoco_.*\.json$": "okvqa",
     r"^aokvqa_.*\.json$": "aokvqa", r"_(balanced|all)_questions.*\.json$": "gqa",
     r"^TextVQA_.*\.json$": "textvqa", r"^CLEVR_.*\.json$": "clevr", r"\.json$": "llava",

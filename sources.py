@@ -14,6 +14,7 @@ without, all are one large set, every sample of it seen once an epoch.
 """
 
 import glob
+import json
 import os
 import re
 import zlib
@@ -25,6 +26,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from tqdm import tqdm
 
 from formats import (
     FORMATS,
@@ -119,6 +121,7 @@ class Source:
 
     def open(self, paths: list[str], spec: Spec) -> None:
         name = spec.name if spec.name in FORMATS else format_of(paths[0])
+        paths = [rewritten(path) if path.endswith(".parquet") else path for path in paths]
         strange = [p for p in paths if Path(p).suffix not in (".tar", ".json", ".jsonl")]
         if strange:
             raise ValueError(f"{strange[0]}: is neither .tar, .json, .jsonl nor a folder of "
@@ -204,6 +207,28 @@ class Source:
         names = [(os.path.basename(path), counts.tolist())
                  for path, counts in zip(self.paths, self.counts, strict=True)]
         return zlib.crc32(repr(names).encode())
+
+
+def rewritten(path: str) -> str:
+    """A .parquet file -> its rows as .jsonl beside it, written once; needs pyarrow."""
+    target = f"{path}.jsonl"
+    if os.path.exists(target) and os.path.getmtime(target) >= os.path.getmtime(path):
+        return target
+    try:
+        from pyarrow.lib import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError(f"{path}: reading .parquet needs pyarrow; pip install pyarrow") from None
+    unfinished = f"{target}.{os.getpid()}.part"
+    try:
+        file = ParquetFile(path)
+        with open(unfinished, "w", encoding="utf-8") as lines:
+            for rows in tqdm(file.iter_batches(1000), f"rewriting {path}", unit=" k rows"):
+                lines.writelines(json.dumps(row) + "\n" for row in rows.to_pylist())
+    except (ArrowException, OSError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be rewritten as {target}: {error}") from None
+    os.replace(unfinished, target)
+    return target
 
 
 class Folder(Source):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -353,3 +354,36 @@ def test_a_folder_is_captions_searches_and_questions(tmp_path):
     caption, search, question = sample.documents
     assert caption == [Image(str(tmp_path / "a.jpg")), Text("a cat", learn=True)]
     assert sample.key == "a" and sample.file == str(tmp_path)
+
+
+def test_parquet_is_read_where_pyarrow_is_and_named_where_it_is_not(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.lib", None)
+    with pytest.raises(ValueError, match="a.parquet: reading .parquet needs pyarrow"):
+        open_sources((f"{tmp_path}/a.parquet",))
+
+
+def test_rows_of_parquet_are_documents(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    (tmp_path / "a.jpg").write_bytes(WHOLE)
+    rows = pyarrow.table({"images": [[None, "a.jpg", None], ["b.jpg", None]],
+                          "texts": [["Look:", None, "a cat"], [None, "nobody"]]})
+    parquet.write_table(rows, tmp_path / "x.parquet")
+    samples = stream(tmp_path / "x.parquet")
+    (told,) = (s.documents for s in map(tried(samples), range(2)) if s)
+    assert [segment.learn for segment in told[0] if isinstance(segment, Text)] == [False, True]
+    assert [*stream(tmp_path / "x.parquet").sources[0].paths] == [f"{tmp_path}/x.parquet.jsonl"]
+    (tmp_path / "y.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="y.parquet: cannot be rewritten"):
+        open_sources((f"{tmp_path}/y.parquet",))
+
+
+def tried(samples):
+    def at(number: int):
+        try:
+            return samples.at(number)
+        except BadRecord:
+            return None
+    return at
