@@ -19,12 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from augment import ASPECT, Augment
 from data import ahead, loader
@@ -88,35 +90,34 @@ def photograph(seed: int, size: tuple[int, int]) -> bytes:
 # ------------------------------------------------------------------------------------ the ways
 
 
-def ours(pattern: str, workers: int) -> Iterator[int]:
-    """Batches of a run's loader, for ever: the number of pictures in each."""
+def ours(pattern: str, workers: int) -> Iterator[Tensor]:
+    """Batches of a run's loader, for ever: their pictures."""
     tokenizer = read_tokenizer(BUILT_IN / "tokenizer.model", read_config(BUILT_IN / "config.json"))
     config = ModelConfig(VisionConfig(), DecoderConfig(vocab_size=tokenizer.vocab_size))
     stream = DataSets((pattern,)).stream("train", 0, tokenizer.chat, 0.0)
     numbers = (list(range(BATCH * i, BATCH * (i + 1))) for i in count())
     batches = loader(stream, tokenizer, config, numbers, workers, Augment(SMALLEST_CROP))
-    for batch in ahead(batches):
-        yield len(batch.images)
+    return map(attrgetter("images"), ahead(batches))
 
 
-def webdataset_and_pillow(pattern: str) -> Iterator[int] | None:
+def webdataset_and_pillow(pattern: str) -> Iterator[list[Tensor]] | None:
     """The usual: decode all of it, crop, resize bicubically, normalise in fp32. None: no peer."""
     try:
         import webdataset
     except ImportError:
         return None
 
-    def batches() -> Iterator[int]:
+    def batches() -> Iterator[list[Tensor]]:
         samples = webdataset.WebDataset(pattern, shardshuffle=False).repeat().decode("pil")
         rng = Random(0)
         pairs = samples.to_tuple("jpg", "txt").map_tuple(lambda image: usual(image, rng), str)
         for pictures, _ in pairs.batched(BATCH):
-            yield len(pictures)
+            yield pictures
 
     return batches()
 
 
-def usual(image: Image.Image, rng: Random) -> torch.Tensor:
+def usual(image: Image.Image, rng: Random) -> Tensor:
     """A random resized crop and normalisation, as torchvision's transforms do them with Pillow."""
     image = image.convert("RGB")
     area = rng.uniform(SMALLEST_CROP, 1) * image.width * image.height
@@ -129,11 +130,11 @@ def usual(image: Image.Image, rng: Random) -> torch.Tensor:
     return (x - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
-def rates(batches: Iterator[int], seconds: float) -> float:
+def rates(batches: Iterator, seconds: float) -> float:
     """Pictures a second, over whole batches."""
     began, n = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
-        n += next(batches)
+        n += len(next(batches))
     return n / (time.perf_counter() - began)
 
 
@@ -197,9 +198,10 @@ def waiting(pattern: str, rate: float, seconds: float) -> dict:
     n_steps = int(seconds * 0.7 * rate / BATCH)
     for _ in range(n_steps):
         asked = time.perf_counter()
-        n = next(batches)
+        batch = next(batches)
         waited += time.perf_counter() - asked
-        time.sleep(n / (0.7 * rate))
+        time.sleep(len(batch) / (0.7 * rate))
+        del batch  # whose memory is the consumer's to free
     share = waited / (time.perf_counter() - began)
     print(f"waiting at 70 % of the rate, {seconds:.0f} s: {100 * share:.2f} %", flush=True)
     return {"case": "waiting at 70 %", "seconds": seconds, "share": share}

@@ -424,13 +424,15 @@ def ahead(batches: DataLoader, n: int = 2) -> Iterator[Batch]:
         except BaseException as error:  # which is the consumer's
             put(error)
 
+    def get() -> Batch | None:
+        if isinstance(item := whole.get(), BaseException):
+            raise item
+        return item
+
     thread = Thread(target=take, daemon=True)
     thread.start()
     try:
-        while (batch := whole.get()) is not None:
-            if isinstance(batch, BaseException):
-                raise batch
-            yield batch
+        yield from iter(get, None)
     finally:
         closed.set()
         thread.join()

@@ -23,6 +23,7 @@ import mmap
 import os
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
@@ -117,7 +118,7 @@ def tar_members(data: bytes | mmap.mmap, start: int = 0, known: bool = False
         header = data[place : place + BLOCK]
         if not header.strip(b"\0"):
             return
-        if not known and octal(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
+        if not known and not right_sum(header):
             raise CutOff
         kind, size = header[156:157], octal(header[124:136])
         offset = place + BLOCK
@@ -142,6 +143,16 @@ def tar_members(data: bytes | mmap.mmap, start: int = 0, known: bool = False
         raise CutOff  # a tar ends with blocks of zeros
 
 
+def right_sum(header: bytes) -> bool:
+    """Whether a header holds the sum of its own bytes, counting the sum's as blanks.
+
+    Adler-32's lower half is one more than the sum, modulo 65521, and is computed at once.
+    """
+    field = header[148:156]
+    total = octal(field) + sum(field) - len(field) * ord(" ")
+    return zlib.adler32(header) & 0xFFFF == (total + 1) % 65521
+
+
 def octal(field: bytes) -> int:
     """A number in a tar header: octal digits, or base 256 behind a first byte of 0x80."""
     if field[0] & 0x80:
@@ -153,8 +164,8 @@ def octal(field: bytes) -> int:
 
 
 def short_name(header: bytes) -> bytes:
-    name = header[:100].split(b"\0")[0]
-    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
 
 
@@ -168,6 +179,10 @@ def pax_records(content: bytes) -> dict[bytes, bytes]:
     return records
 
 
+PASSED_OVER = re.compile(r"__[^/]*__(/|$)")
+KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)
+
+
 def key_and_extension(name: str) -> tuple[str, str] | None:
     """A member's name -> the sample it belongs to and what it is there; None: to be passed over.
 
@@ -176,9 +191,9 @@ def key_and_extension(name: str) -> tuple[str, str] | None:
     >>> key_and_extension("part.1/000000012.SEG.png")
     ('part.1/000000012', 'seg.png')
     """
-    if re.match(r"__[^/]*__(/|$)", name):
+    if PASSED_OVER.match(name):
         return None
-    found = re.fullmatch(r"((?:.*/)?[^.]+)\.([^/]*)", name, re.DOTALL)
+    found = KEY_AND_EXTENSION.fullmatch(name)
     return (found[1], found[2].lower()) if found else None
 
 
