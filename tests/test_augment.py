@@ -71,6 +71,18 @@ def test_a_crop_of_all_is_the_picture_resized_as_pillow_does_it():
     assert difference.max() <= 1 and (difference > 0).mean() < 0.02
 
 
+def test_a_photograph_is_never_decoded_smaller_than_its_crop_needs():
+    grain = np.random.default_rng(0).integers(0, 256, (120, 160), np.uint8)
+    jpeg = encoded(PIL_Image.fromarray(grain).resize((640, 480)), "JPEG", quality=95)
+    whole = encoded(open_image(jpeg))  # every pixel of it, as PNG, of which there is no draft
+    lost = []
+    for seed in range(20):
+        ours, theirs = (random_crop(content, 224, 0.2, Random(seed)).float()
+                        for content in (jpeg, whole))
+        lost.append(float((ours - theirs).abs().mean() / theirs.std()))
+    assert np.mean(lost) < 0.1
+
+
 class FullFrame(Random):
     """Draws all of a picture, unstretched."""
 

@@ -645,6 +645,9 @@ def test_the_hash_of_the_data_knows_samples_and_no_order(tokenizer, tiny_config,
         return sum(b.data_hash for b in loader(source, tokenizer, tiny_config(), iter(numbers), 0))
 
     assert hashed([0, 1, 2, 3]) == hashed([2], [3, 0], [1]) != hashed([0, 1, 2, 4])
+    key = source.at(1).key
+    (tmp_path / f"{key}.png").write_bytes(b"broken")
+    assert hashed([0, 1, 2]) == hashed([0, 2])  # what is not trained on does not count
 
 
 def test_a_tally_tells_each_reason_once_and_names_files_that_lost_most():
@@ -653,9 +656,10 @@ def test_a_tally_tells_each_reason_once_and_names_files_that_lost_most():
     bad = [Origin("b.tar", str(i), "damaged picture", f"b.tar {i}: cut") for i in range(3)]
     assert tally.add([good, bad[0], bad[1]]) == ["b.tar 0: cut"] and tally.add([bad[2]]) == []
     other.add([good] * 6)
+    other.add([Origin("c.tar", "1", "damaged picture", "again"), *[Origin("c.tar", "2")] * 9])
     both = tally.merge(other)
     assert both.report().splitlines() == [
-        "samples: 7 used, 3 left out (30.0 %)", "  3 damaged picture",
+        "samples: 16 used, 4 left out (20.0 %)", "  4 damaged picture",
         "  more than half lost in b.tar: 3 of 3"]
     again = Tally(**json.loads(json.dumps({"reasons": both.reasons, "files": both.files})))
     assert again.report() == both.report()

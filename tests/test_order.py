@@ -69,6 +69,8 @@ def test_a_sample_stays_in_its_window_of_files():
         within = [order[start + i][1] for i in range(100)]
         assert len({a for a, b in pairwise(within) if a != b}) == 4  # and is mixed among these
     assert sorted({order[i][1] for i in range(0, 1000)}) == list(range(40))
+    windows = [{order[1000 * epoch + i][1] for i in range(100)} for epoch in range(3)]
+    assert len({*map(frozenset, windows)}) == 3  # other files together each epoch
 
 
 def test_an_order_can_be_sent_and_asked_anywhere():
