@@ -3,13 +3,17 @@
 pytest tests/test_bench.py
 """
 
+import io
 import json
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import bench
+import bench_data
 from tests.parity import table
 
 ROOT = Path(__file__).parent.parent
@@ -81,3 +85,20 @@ def test_loading_is_measured_beside_the_bytes_and_transformers(cli, tmp_path):
     assert [*rows[0]["ways"]] == ["read", "ours", "transformers"]
     assert all(0 < way["opened"] <= way["seconds"] for row in rows for way in row["ways"].values())
     assert "every page read" in printed and [*tmp_path.iterdir()] == [out]
+
+
+def test_data_is_measured_beside_webdataset_where_it_is(tmp_path, capsys):
+    pattern = bench_data.write_shards(tmp_path / "shards", 2, 10, (64, 48))
+    row = bench_data.images(pattern, 0.3, turns=2)
+    assert {"ours", "ours, 2 workers"} <= {*row["ways"]} and row["workers"] > 0
+    assert all(0 < low <= middle <= high for low, middle, high in row["ways"].values())
+    assert 0 < bench_data.first_batch(pattern)["seconds"]
+    assert 0 <= bench_data.waiting(pattern, rate=200, seconds=1)["share"] < 1
+    assert bench_data.index(tmp_path / "flat", 100)["rate"] > 0
+    assert "samples/s" in capsys.readouterr().out
+
+
+def test_the_usual_way_makes_what_clip_expects():
+    picture = Image.open(io.BytesIO(bench_data.photograph(0, (640, 480))))
+    x = bench_data.usual(picture, Random(0))
+    assert x.shape == (3, 224, 224) and abs(float(x.mean())) < 1 and 0.1 < float(x.std()) < 2
