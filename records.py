@@ -422,12 +422,10 @@ class Records:
         self.paths, self.where = paths, where
         missing = [path for path in paths if again or not read_header(path, where, about)]
         build = partial(write_index, where=where, usable=usable, about=about)
-        if len(missing) > 1:
-            with ProcessPoolExecutor(min(len(missing), os.cpu_count())) as pool:
-                list(tqdm(pool.map(build, missing), "indexing", len(missing), unit=" files"))
-        elif missing:
-            build(missing[0])
         if missing:
+            with ProcessPoolExecutor(min(len(missing), os.cpu_count())) as pool:
+                each = pool.map if len(missing) > 1 else map
+                list(tqdm(each(build, missing), "indexing", len(missing), unit=" files"))
             open_rows.cache_clear()
             open_file.cache_clear()
         headers = [read_header(path, where, about) for path in paths]
