@@ -226,9 +226,9 @@ def read_sample(span: bytes) -> dict[str, bytes]:
     sample: dict = {}
     padded = span + bytes(-len(span) % BLOCK + 2 * BLOCK)
     for member in tar_members(padded, known=True):
-        if member.name.startswith("/") or ".." in member.name.split("/"):
-            raise BadRecord("path outside", member.name)
         if named := key_and_extension(member.name):
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                raise BadRecord("path outside", member.name)
             sample.setdefault("__key__", named[0])
             sample.setdefault(named[1], padded[member.offset : member.offset + member.size])
     return sample
