@@ -33,15 +33,7 @@ import eval
 import world
 from augment import Augment
 from checkpoint import load_checkpoint, mark_best, save_checkpoint
-from config import (
-    PRESETS,
-    TrainConfig,
-    UserError,
-    input_errors,
-    parse,
-    pick_device,
-    run_main,
-)
+from config import PRESETS, TrainConfig, UserError, input_errors, parse, pick_device, run_main
 from data import Batch, ahead, example_pictures, loader, sample_numbers
 from drawn import DrawnWorld
 from formats import Text
@@ -177,11 +169,11 @@ def train_stage(run: Run, number: int, checkpoint: Path | None, state: dict) -> 
             save(run, optimizer, number, done)
             mark_best(run.out, number, val_loss)
         if stop:
-            say(run, tally(run).report())
+            report_samples(run)
             return False
     val_loss = evaluate(run, name, n_steps, validation, final=number + 1 == len(c.stages))
     mark_best(run.out, number, val_loss)
-    say(run, tally(run).report())
+    report_samples(run)
     return True
 
 
@@ -199,6 +191,12 @@ def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int) -> N
 def tally(run: Run) -> Tally:
     """What became of all samples of the run, on all ranks and in all sittings."""
     return reduce(Tally.merge, gather_objects(run.tally), run.earlier)
+
+
+def report_samples(run: Run) -> None:
+    report = tally(run).report()  # which all ranks make together
+    if run.sets:
+        say(run, report)
 
 
 def open_data(config: TrainConfig, ranks: Ranks) -> DataSets | None:
