@@ -173,12 +173,13 @@ def read_pair(sample: dict, reading: Reading) -> list[Document]:
         raise BadRecord("tiny original", f"{sides[0]} x {sides[1]} pixels")
     if isinstance(about.get("top_caption"), str):
         caption = one_line(about["top_caption"])
-        others = [line for line in about.get("all_captions") or [] if isinstance(line, str)]
+        others = about.get("all_captions")
     else:
         words = sample.get("txt")
         caption = one_line(about.get("caption")) if words is None else words_of(words)
-        others = (reading.find("rewrites", sample["__key__"]) or {}).get("rewrites", [])
-    caption = reading.one_of(caption, [line for line in map(str.strip, others) if line != caption])
+        others = (reading.find("rewrites", sample["__key__"]) or {}).get("rewrites")
+    others = [" ".join(line.split()) for line in others or [] if isinstance(line, str)]
+    caption = reading.one_of(caption, [line for line in others if line not in ("", caption)])
     return caption_documents(picture, caption)
 
 
@@ -243,20 +244,19 @@ def read_llava(entry: dict, reading: Reading) -> list[Document]:
     questions, answers = said[0::2], said[1::2]
     if {who for who, _ in questions} != {"human"} or {who for who, _ in answers} != {"gpt"}:
         raise BadRecord("turns do not alternate", " ".join(str(who) for who, _ in said))
-    marked = any("<image>" in text for _, text in said)
-    if "image" not in entry and marked:
+    if not entry.get("image") and any("<image>" in text for _, text in said):
         raise BadRecord("no picture for its <image>", "")
-    pictures = [reading.picture(str(entry["image"]))] if entry.get("image") else []
+    pictures = [reading.picture(entry["image"])] if entry.get("image") else []
     if pictures and any(BOX.search(text) for _, text in said):
         said_of = partial(BOX.sub, partial(unpadded, size=picture_size(pictures[0])))
     else:
         said_of = str
     document = []
-    for (_, question), (_, answer) in zip(questions[: len(answers)], answers, strict=True):
-        question = said_of(question.replace("<image>", "").strip())
+    for pair in zip(questions[: len(answers)], answers, strict=True):
+        question, answer = (said_of(text.replace("<image>", "").strip()) for _, text in pair)
         if not answer:
             raise BadRecord("no words", "an empty answer")
-        document.append((pictures if not document else [], question, said_of(answer)))
+        document.append((pictures if not document else [], question, answer))
     return [chat_document(document, reading.chat)]
 
 
@@ -265,8 +265,7 @@ def read_blip(entry: dict, reading: Reading) -> list[Document]:
     turns = entry.get("conversations")
     if not isinstance(turns, list) or len(turns) < 2 or not isinstance(turns[1], dict):
         raise BadRecord("not as its format", "no list of conversations")
-    return caption_documents(reading.picture(str(entry.get("image"))),
-                             one_line(turns[1].get("value")))
+    return caption_documents(reading.picture(entry.get("image")), one_line(turns[1].get("value")))
 
 
 def picture_size(path: str) -> tuple[int, int]:
@@ -329,9 +328,9 @@ def read_vqa(entry: dict, reading: Reading) -> list[Document]:
 
 def read_aokvqa(entry: dict, reading: Reading) -> list[Document]:
     choices, right = entry.get("choices"), entry.get("correct_choice_idx")
-    if not isinstance(choices, list) or not isinstance(right, int) or right >= len(choices):
+    if not isinstance(choices, list) or right not in range(len(choices)):
         raise BadRecord("no answer for the question", f"question {entry.get('question_id')}")
-    options = "\n".join(f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices))
+    options = "\n".join(f"{chr(65 + i)}. {one_line(choice)}" for i, choice in enumerate(choices))
     return ask(reading, reading.picture(*coco_2017(entry, "")), entry.get("question"),
                chr(65 + right), f"{options}\n{LETTER}")
 
@@ -365,13 +364,13 @@ def read_refcoco(entry: dict, reading: Reading) -> list[Document]:
     """
     noted = reading.find("annotations", entry.get("ann_id")) or {}
     shown = reading.find("images", entry.get("image_id")) or {}
-    phrases = [s.get("sent") for s in entry.get("sentences") or [] if isinstance(s, dict)]
-    if not noted.get("bbox") or not shown.get("file_name") or not phrases:
+    path, box = reading.picture(shown.get("file_name")), ""
+    if noted.get("bbox"):
+        box = pixel_box(*noted["bbox"], picture_size(path))
+    if not box:
         raise BadRecord("no box for the phrase", f"annotation {entry.get('ann_id')}")
-    path = reading.picture(shown["file_name"])
-    box = pixel_box(*noted["bbox"], picture_size(path))
-    return [chat_document(grounding_turns([path], [(one_line(p), box) for p in phrases],
-                                          reading.rng), reading.chat)]
+    phrases = [(one_line(sentence["sent"]), box) for sentence in entry["sentences"]]
+    return [chat_document(grounding_turns([path], phrases, reading.rng), reading.chat)]
 
 
 def read_regions(entry: dict, reading: Reading) -> list[Document]:
@@ -393,7 +392,7 @@ def read_regions(entry: dict, reading: Reading) -> list[Document]:
 def pixel_box(x: float, y: float, width: float, height: float, size: tuple[int, int]) -> str:
     """A box in pixels -> as it is written; "" if nothing of it lies in the picture."""
     x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + width, size[0]), min(y + height, size[1])
-    if x2 <= x1 or y2 <= y1:
+    if not (x1 < x2 and y1 < y2):  # as it is with NaN
         return ""
     return box_text(x1 / size[0], y1 / size[1], x2 / size[0], y2 / size[1])
 
@@ -428,11 +427,12 @@ def read_mmc4(entry: dict, reading: Reading) -> list[Document]:
         raise BadRecord("not as its format", "no text_list or image_info")
     before: dict[int, list] = {}
     fitting = [info for info in entry["image_info"] if isinstance(info, dict)
-               and (info.get("matched_sim") or 0) >= MIN_SIMILARITY]
+               and (info.get("matched_sim") or 0) >= MIN_SIMILARITY
+               and info.get("matched_text_index") in range(len(sentences))]
     for info in sorted(fitting, key=lambda info: -info["matched_sim"]):
         picture = mmc4_picture(info, reading)
         if picture is not None and sum(map(len, before.values())) < MAX_PICTURES:
-            before.setdefault(info.get("matched_text_index"), []).append(picture)
+            before.setdefault(info["matched_text_index"], []).append(picture)
     segments: Document = []
     for number, sentence in enumerate(sentences):
         segments += [Image(picture) for picture in before.get(number, [])]
@@ -518,8 +518,8 @@ def own_turn(part: dict, reading: Reading) -> tuple[list, str, str | Ret]:
     if isinstance(answer, dict):
         allow(answer, {"image"})
         answer = Ret(reading.picture(answer["image"]))
-    else:
-        answer = as_lines(answer)
+    elif not (answer := as_lines(answer)):
+        raise BadRecord("no words", "an empty answer")
     if not isinstance(images := part.get("images", []), list):
         raise BadRecord("not as its format", "\"images\" is no list of pictures' names")
     return [reading.picture(name) for name in images], as_lines(part["user"]), answer
@@ -553,12 +553,14 @@ def allow(part: dict, needed: set[str], also: set[str] = frozenset()) -> None:
 
 
 def llava_picture(entry: dict, file: str) -> list[str]:
-    return [entry["image"]] if isinstance(entry.get("image"), str) else []
+    name = entry.get("image")
+    return [name] if name and isinstance(name, str) else []
 
 
 def vqa_picture(entry: dict, file: str) -> list[str]:
-    split = re.search(r"(train|val|test)20\d\d", os.path.basename(file))
-    return [f"COCO_{split[0] if split else 'train2014'}_{int(entry['image_id']):012d}.jpg"]
+    splits = re.findall(r"(?:train|val|test)20\d\d", file) or ["train2014"]
+    names = [(split, f"COCO_{split}_{int(entry['image_id']):012d}.jpg") for split in splits]
+    return [where + name for split, name in names for where in ("", f"{split}/")]
 
 
 def coco_2017(entry: dict, file: str) -> list[str]:
@@ -567,11 +569,11 @@ def coco_2017(entry: dict, file: str) -> list[str]:
 
 
 def gqa_picture(entry: dict, file: str) -> list[str]:
-    return [f"{entry['imageId']}.jpg"]
+    return [f"{entry['imageId']}.jpg", f"images/{entry['imageId']}.jpg"]
 
 
 def textvqa_picture(entry: dict, file: str) -> list[str]:
-    return [f"{entry['image_id']}.jpg"]
+    return [f"{entry['image_id']}.jpg", f"train_images/{entry['image_id']}.jpg"]
 
 
 def clevr_picture(entry: dict, file: str) -> list[str]:
@@ -598,14 +600,23 @@ def beside_refcoco(path: str) -> dict[str, tuple[str, str]]:
     return {table: (boxes, table) for table in ("annotations", "images")}
 
 
+def refcoco_part(entry: dict, file: str) -> bool:
+    """refs.json holds all splits, of which train is read; refs_val.json has its own in its name."""
+    files = " ".join(map(os.path.basename, file.split("::")))
+    named = re.findall(r"train|val|test[AB]?", files)
+    return entry.get("split", "train") in (named or ["train"])
+
+
 @dataclass(frozen=True)
 class Format:
     """How a published set is read. `where`: the key under which its list stands; `pictures`: the
-    names that an entry's picture may have; `beside`: tables in other files, by name."""
+    names that an entry's picture may have; `part`: whether an entry of a file that holds several
+    splits is meant; `beside`: tables in other files, by name."""
 
     read: Callable[[dict, Reading], list[Document]]
     where: str = ""
     pictures: Callable[[dict, str], list[str]] | None = None
+    part: Callable[[dict, str], bool] | None = None
     beside: Callable[[str], dict[str, tuple[str, str]]] = beside_nothing
 
 
@@ -616,10 +627,10 @@ FORMATS = {
     "blip": Format(read_blip, pictures=llava_picture),
     "mmc4": Format(read_mmc4),
     "obelics": Format(read_obelics),
-    "refcoco": Format(read_refcoco, beside=beside_refcoco),
+    "refcoco": Format(read_refcoco, part=refcoco_part, beside=beside_refcoco),
     "vg": Format(read_regions, pictures=genome_picture),
-    "vqav2": Format(read_vqa, "questions", vqa_picture, beside_vqa),
-    "okvqa": Format(read_vqa, "questions", vqa_picture, beside_vqa),
+    "vqav2": Format(read_vqa, "questions", vqa_picture, beside=beside_vqa),
+    "okvqa": Format(read_vqa, "questions", vqa_picture, beside=beside_vqa),
     "aokvqa": Format(read_aokvqa, pictures=coco_2017),
     "gqa": Format(read_gqa, pictures=gqa_picture),
     "textvqa": Format(read_textvqa, "data", textvqa_picture),
@@ -645,23 +656,31 @@ def format_of(path: str) -> str:
     for pattern, name in BY_NAME.items():
         if re.search(pattern, os.path.basename(path)):
             return name
-    if path.endswith(".jsonl"):
-        with open(path, "rb") as file:
-            try:
-                entry = json.loads(file.readline())
-            except ValueError:
-                entry = None
-        for field_name, name in BY_FIELD.items():
-            if isinstance(entry, dict) and field_name in entry:
-                return name
+    if not path.endswith(".jsonl"):
+        raise ValueError(f"{path}: is neither .tar, .json, .jsonl, .parquet nor a folder of "
+                         f"name.jpg + name.txt; unpack it if it is packed")
+    with open(path, "rb") as file:
+        try:
+            entry = json.loads(next(filter(bytes.strip, file), b""))
+        except ValueError:
+            entry = None
+    for field_name, name in BY_FIELD.items():
+        if isinstance(entry, dict) and field_name in entry:
+            return name
     raise ValueError(f"{path}: its name and first line do not say what it is; put one of "
                      f"{', '.join(FORMATS)} and = in front")
 
 
 def there(entry: object, name: str, root: str, file: str) -> bool:
-    """Whether an entry's picture is in the folder, or it needs none; asked while indexing."""
+    """Whether an entry is meant and its picture in the folder, or it needs none.
+
+    Asked while indexing. `file`: the path of its file, or of several with :: between them.
+    """
+    kind = FORMATS[name]
     try:
-        names = FORMATS[name].pictures(entry, file)
+        if kind.part and not kind.part(entry, file):
+            return False
+        names = kind.pictures(entry, file) if kind.pictures else []
     except (KeyError, TypeError, ValueError, AttributeError):
         return True  # which is found, and counted, when it is to be read
     return not names or any(os.path.isfile(os.path.join(root, name)) for name in names)

@@ -62,9 +62,11 @@ class Spec:
         >>> Spec.of("mine=a.json@b*0.5")
         Spec(files='a.json', name='mine', pictures='b', share='0.5')
         """
-        name, files, pictures, share = re.fullmatch(
-            r"(?:([\w+.-]+)=)?(.+?)(?:@([^@]+?))?(?:\*(\d+\.?\d*|\.\d+))?", text).groups("")
-        if pictures and os.path.exists(f"{files}@{pictures}"):
+        parts = re.fullmatch(r"(?:([\w+.-]+)=)?(.+?)(?:@([^@]+?))?(?:\*(\d+\.?\d*|\.\d+))?", text)
+        if not parts:
+            raise ValueError(f"{text!r}: names no data set")
+        name, files, pictures, share = parts.groups("")
+        if pictures and any(map(matching, expand(f"{files}@{pictures}"))):
             files, pictures = f"{files}@{pictures}", ""
         return Spec(files, name, pictures, share)
 
@@ -88,8 +90,7 @@ class Spec:
         """The files that it means, all of which are there. ValueError otherwise."""
         paths = []
         for name in expand(self.files):
-            found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-            for path in found or [name]:
+            for path in matching(name) or [name]:
                 inside = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
                 paths += inside or [path]
         missing = [path for path in paths if not os.path.exists(path)]
@@ -100,6 +101,11 @@ class Spec:
         return paths
 
 
+def matching(name: str) -> list[str]:
+    """What there is of this name: it itself, or what its * and ? stand for, sorted."""
+    return [name] if os.path.exists(name) else sorted(glob.glob(name))
+
+
 class Source:
     """A data set's samples: `documents(file, row, ...)` reads one.
 
@@ -108,55 +114,65 @@ class Source:
     was left out from the beginning. ValueError if there is nothing to read.
     """
 
-    def __init__(self, spec: Spec):
-        paths = spec.paths()
+    def __init__(self, paths: list[str], spec: Spec):
         self.label, self.notes = spec.label, []
         self.open(paths, spec)
         counts = self.counts
         if not counts[:, :2].sum():
-            raise ValueError(f"{spec.files}: holds no sample that can be used")
+            why = "".join(f": {note}" for note in self.notes[:1])
+            raise ValueError(f"{spec.files}: holds no sample that can be used{why}")
         if counts[:, :2].sum() < HELD_OUT:
             counts = np.stack([counts[:, 0] + counts[:, 1], 0 * counts[:, 1]], 1)
         self.n_train, self.n_held_out = counts[:, 0], counts[:, 1]
 
     def open(self, paths: list[str], spec: Spec) -> None:
         name = spec.name if spec.name in FORMATS else format_of(paths[0])
-        paths = [rewritten(path) if path.endswith(".parquet") else path for path in paths]
-        strange = [p for p in paths if Path(p).suffix not in (".tar", ".json", ".jsonl")]
+        kinds = [".tar"] if name == "shards" else [".json", ".jsonl", ".parquet"]
+        strange = [path for path in paths if Path(path).suffix not in kinds]
         if strange:
-            raise ValueError(f"{strange[0]}: is neither .tar, .json, .jsonl nor a folder of "
-                             f"name.jpg + name.txt")
+            raise ValueError(f"{strange[0]}: {name} is read from {' '.join(kinds)} files alone; "
+                             f"unpack it, or give it as a data set of its own")
+        paths = [rewritten(path) if path.endswith(".parquet") else path for path in paths]
         if name == "shards":
             paths = self.finished(paths)
         self.format = FORMATS[name]
         self.pictures = spec.pictures or os.path.dirname(paths[0]) or "."
         if not os.path.isdir(self.pictures):
             raise ValueError(f"{self.pictures}: no such folder of pictures")
-        usable = self.format.pictures and partial(there, name=name, root=self.pictures,
-                                                  file=paths[0])
+        usable = (self.format.pictures or self.format.part) and partial(
+            there, name=name, root=self.pictures, file="::".join(paths))
         about = hash_of(os.path.abspath(self.pictures)) if usable else 0
         self.records = Records(paths, self.format.where, usable, about)
         if usable and self.came_back(usable):
             self.records = Records(paths, self.format.where, usable, about, again=True)
         self.paths, self.counts = paths, self.records.counts
         if n := int(self.counts[:, 2].sum()):
-            self.notes.append(f"{n} of {self.counts.sum()} entries name pictures that are not in "
-                              f"{self.pictures}")
+            why = (f"name pictures that are not in {self.pictures} (FILES@FOLDER names another "
+                   f"folder)" if self.format.pictures else "belong to other splits")
+            self.notes.append(f"{n} of {self.counts.sum()} entries {why}")
         self.notes += [f"{path}: breaks off; its whole samples are used"
                        for path, cut in zip(paths, self.records.cut, strict=True) if cut]
-        self.beside = {table: (Records([path], where), None) for table, (path, where)
-                       in self.format.beside(paths[0]).items()}
-        rewrites = {i: f"{path[:-4]}.rewrites.jsonl" for i, path in enumerate(paths)
-                    if path.endswith(".tar") and os.path.exists(f"{path[:-4]}.rewrites.jsonl")}
-        if rewrites:
-            self.beside["rewrites"] = (Records([*rewrites.values()]),
-                                       {file: i for i, file in enumerate(rewrites)})
+        self.beside = self.tables(paths)
+
+    def tables(self, paths: list[str]) -> dict[str, tuple[Records, dict[int, int]]]:
+        """The files beside: each table's records, and which of its files goes with which path."""
+        wanted: dict[tuple[str, str], dict[int, str]] = {}
+        for i, path in enumerate(paths):
+            for table, (beside, where) in self.format.beside(path).items():
+                if not os.path.isfile(beside):
+                    raise ValueError(f"{path}: needs {beside} beside it, which is not there")
+                wanted.setdefault((table, where), {})[i] = beside
+            rewrites = f"{path.removesuffix('.tar')}.rewrites.jsonl"
+            if path.endswith(".tar") and os.path.exists(rewrites):
+                wanted.setdefault(("rewrites", ""), {})[i] = rewrites
+        return {table: (Records([*files.values()], where), {i: at for at, i in enumerate(files)})
+                for (table, where), files in wanted.items()}
 
     def came_back(self, usable: Callable[[object], bool], most: int = 300) -> bool:
         """Whether pictures that were missing when the files were indexed are there now."""
         for file, (n_train, n_held_out, n_missing) in enumerate(self.records.counts.tolist()):
-            first = n_train + n_held_out
-            for row in range(first, first + n_missing, -(-n_missing // most) or 1):
+            missing = range(n_train + n_held_out, n_train + n_held_out + n_missing)
+            for row in Random(0).sample(missing, min(most, n_missing)):  # for all ranks the same
                 if usable(parse(self.records.read(file, row))):
                     return True
         return False
@@ -175,12 +191,13 @@ class Source:
 
     def entry(self, file: int, row: int) -> tuple[str, object]:
         """(key, entry) of a sample, as its reader takes it."""
-        content = self.records.read(file, row)
-        if self.paths[file].endswith(".tar"):
-            sample = read_sample(content)
-            return sample["__key__"], sample
-        entry = parse(content)
-        return key_of(entry, row), entry
+        try:
+            content, is_tar = self.records.read(file, row), self.paths[file].endswith(".tar")
+            entry = read_sample(content) if is_tar else parse(content)
+        except BadRecord as error:
+            error.key = f"at byte {self.records.rows(file)['offset'][row]}"
+            raise
+        return entry["__key__"] if is_tar else key_of(entry, row), entry
 
     def documents(self, file: int, row: int, entry: object, reading: Reading) -> list[Document]:
         """What the reader makes of an entry; BadRecord whatever is wrong with it."""
@@ -195,18 +212,22 @@ class Source:
 
     def find(self, file: int, row: int, table: str, key: object) -> dict | None:
         """An entry of a table beside, by its key."""
-        if table not in self.beside:
-            return None
-        records, files = self.beside[table]
-        at = 0 if files is None else files.get(file)
+        records, files = self.beside.get(table, (None, {}))
+        at = files.get(file)
         found = None if at is None else records.find(at, str(key), near=row)
-        return None if found is None else parse(records.read(at, found))
+        entry = None if found is None else parse(records.read(at, found))
+        if entry is not None and key_of(entry, found) != str(key):
+            # Of half a million keys, dozens have their 32 bits in common with another.
+            same = np.flatnonzero(records.rows(at)["hash"] == hash_of(str(key))).tolist()
+            entries = (parse(records.read(at, row)) for row in same)
+            entry = next((e for e in entries if key_of(e, -1) == str(key)), None)
+        return entry
 
     def fingerprint(self) -> int:
-        """A number that changes when a file gets other records."""
-        names = [(os.path.basename(path), counts.tolist())
-                 for path, counts in zip(self.paths, self.counts, strict=True)]
-        return zlib.crc32(repr(names).encode())
+        """A number that changes with any file's name, size or number of records."""
+        paths = sum((records.paths for records, _ in self.beside.values()), self.paths)
+        files = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
+        return zlib.crc32(repr((files, self.counts.tolist())).encode())
 
 
 def rewritten(path: str) -> str:
@@ -225,9 +246,11 @@ def rewritten(path: str) -> str:
         with open(unfinished, "w", encoding="utf-8") as lines:
             for rows in tqdm(file.iter_batches(1000), f"rewriting {path}", unit=" k rows"):
                 lines.writelines(json.dumps(row) + "\n" for row in rows.to_pylist())
+        os.replace(unfinished, target)
     except (ArrowException, OSError, TypeError) as error:
         raise ValueError(f"{path}: cannot be rewritten as {target}: {error}") from None
-    os.replace(unfinished, target)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
     return target
 
 
@@ -256,9 +279,8 @@ class Folder(Source):
 
 def open_source(spec: Spec) -> Source:
     """The data set that a Spec names. ValueError with one line if it cannot be read."""
-    is_folder = os.path.isdir(spec.files) and not glob.glob(
-        os.path.join(glob.escape(spec.files), "*.tar"))
-    return (Folder if is_folder else Source)(spec)
+    paths = spec.paths()
+    return (Folder if all(map(os.path.isdir, paths)) else Source)(paths, spec)
 
 
 def open_sources(texts: tuple[str, ...]) -> tuple[list[Source], list[Fraction]]:
@@ -325,12 +347,12 @@ class Stream:
         reading = Reading(rng, self.chat, self.paraphrase)
         try:
             documents = source.documents(file, row, entry, reading)
+            if not any(isinstance(segment, Ret) or getattr(segment, "learn", False)
+                       for document in documents for segment in document):
+                raise BadRecord("nothing to learn")
         except BadRecord as error:
             error.key = key
             raise
-        if not any(isinstance(segment, Ret) or getattr(segment, "learn", False)
-                   for document in documents for segment in document):
-            raise BadRecord("nothing to learn")
         return Sample(str(source.paths[file]), key, documents, rng)
 
     def file(self, number: int) -> str:

@@ -5,6 +5,9 @@ pytest tests/test_formats.py
 
 import base64
 import json
+import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -13,7 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import formats
-from formats import Image, Reading, Ret, Text, caption_documents, find_pairs, format_of
+from formats import (
+    Image,
+    Reading,
+    Ret,
+    Text,
+    caption_documents,
+    chat_document,
+    find_pairs,
+    format_of,
+)
 from records import BadRecord
 from sources import DataSets, Source
 from tests.shards import WHOLE, encoded, photo
@@ -92,6 +104,18 @@ def test_a_caption_pair_is_a_caption_to_learn_and_a_search_that_does_not_show_th
     assert said == [Image("cat.jpg"), Text("a red cat", learn=True)]
     assert searched == [Text("a red cat", learn=False), Ret("cat.jpg", learn=False)]
     assert not any(segment.special for segment in (said[1], searched[0]))
+
+
+def test_a_conversation_is_learned_where_the_assistant_speaks():
+    assert chat_document([(["cat.jpg"], "What?", "A cat."), ([], "Show me.", Ret("b.jpg")),
+                          ([], "And?", None)]) == [
+        Image("cat.jpg"), Text("User: What?"), END, Text("Assistant:"), Text("A cat.", learn=True),
+        replace(END, learn=True), Text("User: Show me."), END, Text("Assistant:"),
+        Ret("b.jpg", learn=True), Image("b.jpg"), replace(END, learn=True),
+        Text("User: And?"), END, Text("Assistant:")]
+
+
+END = Text("<end_of_utterance>", special=True)
 
 
 # --------------------------------------------------------------------------------- what is read
@@ -179,6 +203,29 @@ def test_what_stands_in_llavas_mixtures_is_read_or_left_out_for_its_reason(read)
     assert "away" not in found
 
 
+def test_a_mark_without_a_picture_is_left_out_and_words_without_both_are_not(read):
+    found = read("mix.json", [
+        {"id": "null", "image": None, "conversations": turns("<image>\nWhat?", "A cat.")},
+        {"id": "blank", "image": "", "conversations": turns("<image>\nWhat?", "A cat.")},
+        {"id": "two", "image": ["a.png", "a.png"], "conversations": turns("What?", "Cats.")},
+        {"id": "words", "image": None, "conversations": turns("Hello?", "Yes.")},
+        {"id": "said", "image": "a.png", "conversations": turns("What?", "<image>\nA cat.")},
+    ], "a.png")
+    assert found["null"] == found["blank"] == "no picture for its <image>"
+    assert found["two"] == "not as its format" and said(found["words"][0]) == ["Hello?", "Yes."]
+    assert said(found["said"][0]) == ["What?", "A cat."]  # LLaVA takes the mark out of any turn
+
+
+def test_captions_of_sharegpt4v_are_long_answers_to_a_request_before_or_behind_the_picture(read):
+    name, long = "share-captioner_coco_lcs_sam_1246k_1107.json", "A cat sits.\n\nBehind it, a dog."
+    found = read(name, [
+        {"id": f"sa_{i}", "image": "sam/images/sa_1.jpg", "conversations": turns(request, long)}
+        for i, request in enumerate(("<image>\nDescribe it.", "Describe it.\n<image>"))],
+        "sam/images/sa_1.jpg", data=f"sharegpt4v={name}@.")
+    for (document,) in (found["sa_0"], found["sa_1"]):
+        assert shown(document) == ["sa_1.jpg"] and said(document) == ["Describe it.", long]
+
+
 def test_line_ends_that_are_no_newlines_become_blanks(read):
     text = "a\u2028b\x0bc\x0cd\re\r\nf\ng"
     (found,) = read("llava.json", [{"id": 1, "conversations": turns(text, text)}]).values()
@@ -197,6 +244,31 @@ def test_boxes_leave_the_padded_frame(read, tmp_path, size, written, own):
     (found,) = read("llava.json", [{"id": 1, "image": "a.png", "conversations": turns(
         f"<image>\nWhat is at {written}?", f"It is at {written}.")}]).values()
     assert said(found[0]) == [f"What is at {own}?", f"It is at {own}."]
+
+
+FRACTION = st.integers(0, 1000).map(lambda n: n / 1000)
+
+
+@given(size=st.tuples(st.integers(10, 3000), st.integers(10, 3000)),
+       box=st.tuples(*[FRACTION] * 4))
+def test_a_box_that_was_padded_comes_back(size, box):
+    width, height = size
+    longer, left, top = max(size), max(height - width, 0) // 2, max(width - height, 0) // 2
+    padded = [(left + box[0] * width) / longer, (top + box[1] * height) / longer,
+              (left + box[2] * width) / longer, (top + box[3] * height) / longer]
+    text = "[" + ", ".join(f"{side:.6f}" for side in padded) + "]"
+    back = formats.BOX.sub(partial(formats.unpadded, size=size), f"at {text}.")
+    assert re.fullmatch(r"at \[[01]\.\d{3}(, [01]\.\d{3}){3}\]\.", back)
+    for side, was in zip(re.findall(r"[\d.]+\d", back), box, strict=True):
+        assert abs(float(side) - was) <= 0.001
+
+
+def test_boxes_without_a_picture_and_numbers_that_are_no_box_stay(read):
+    words = "[0.5, 0.25, 1.0, 0.75] [2, 0, 0, 1] [0.1, 0.2, 0.3, 0.4, 0.5] (0.1, 0.2, 0.3, 0.4)"
+    found = read("llava.json", [
+        {"id": "words", "conversations": turns("What?", words)},
+        {"id": "picture", "image": "a.png", "conversations": turns("What?", words[23:])}], "a.png")
+    assert said(found["words"][0])[1] == words and said(found["picture"][0])[1] == words[23:]
 
 
 def test_of_blips_pairs_only_the_caption_counts(read):
@@ -242,6 +314,36 @@ def test_aokvqa_asks_for_a_letter(read):
     question = ("What?\nA. cat\nB. dog\nC. cow\nD. ant\n"
                 "Answer with the option's letter from the given choices directly.")
     assert said(found["x"][0]) == [question, "C"] and found["y"] == "no answer for the question"
+
+
+def test_choices_of_aokvqa_are_lines_and_the_right_one_is_among_them(read):
+    entry = {"image_id": 5, "question": "What\u2028is it?", "choices": ["a\u2028cat", "a\rdog"]}
+    found = read("aokvqa_v1p0_val.json", [
+        entry | {"question_id": key, "correct_choice_idx": right}
+        for key, right in (("last", 1), ("behind", 2), ("before", -1), ("no number", "1"))],
+        "000000000005.jpg")
+    question, answer = said(found.pop("last")[0])
+    assert question.splitlines()[:3] == ["What is it?", "A. a cat", "B. a dog"] and answer == "B"
+    assert {*found.values()} == {"no answer for the question"} and len(found) == 3
+
+
+@pytest.mark.parametrize("name, content, picture", [
+    ("gqa=testdev_balanced_questions.json",
+     {"201": {"question": "Is it?", "answer": "yes", "imageId": "n9"}}, "images/n9.jpg"),
+    ("TextVQA_0.5.1_val.json", {"data": [{"question": "Is it?", "question_id": 1, "image_id": "f",
+                                          "answers": ["yes"] * 10}]}, "train_images/f.jpg"),
+    ("CLEVR_val_questions.json", {"questions": [
+        {"question": "Is it?", "answer": "yes", "image_filename": "CLEVR_val_000000.png",
+         "split": "val", "question_index": 0}]}, "val/CLEVR_val_000000.png"),
+    ("aokvqa_v1p0_val.json", [{"question": "Is it?", "choices": ["no", "yes"], "image_id": 7,
+                               "correct_choice_idx": 1, "question_id": "x"}],
+     "val2017/000000000007.jpg"),
+])
+def test_pictures_are_found_in_the_folders_in_which_they_are_published(read, name, content,
+                                                                       picture):
+    (found,) = read(name.split("=")[-1], content, picture, data=name).values()
+    assert shown(found[0]) == [Path(picture).name]
+    assert said(found[0])[0].startswith("Is it?\n") and said(found[0])[1] in ("yes", "B")
 
 
 def test_gqa_is_an_object_of_questions(read):
@@ -296,6 +398,29 @@ def test_refcoco_finds_boxes_and_pictures_in_the_file_beside(read):
     assert found["2"] == "no box for the phrase"
 
 
+def test_boxes_and_phrases_are_asked_for_in_the_published_words():
+    pairs = [("a cat.", "[0.100, 0.100, 0.600, 0.555]")] * 40
+    asked = {turn[1:] for turn in formats.grounding_turns(["a.jpg"], pairs, Random(0))}
+    assert asked == {
+        ("Please provide the bounding box coordinate of the region this sentence describes: a cat.",
+         "[0.100, 0.100, 0.600, 0.555]"),
+        ("Please provide a short description for this region: [0.100, 0.100, 0.600, 0.555].",
+         "a cat.")}
+
+
+@pytest.mark.parametrize("name, read_there", [
+    ("refs.json", "train"), ("refs(unc).json", "train"), ("refs_testA.json", "testA")])
+def test_references_of_other_splits_are_never_trained_on(read, name, read_there):
+    Path("instances.json").write_text(json.dumps({
+        "images": [{"id": 8, "file_name": "a.png"}],
+        "annotations": [{"id": 1, "bbox": [0, 0, 20, 20]}, {"id": 2, "bbox": [300, 0, 20, 20]}]}))
+    ref = {"ann_id": 1, "image_id": 8, "sentences": [{"sent": "left cat"}]}
+    found = read(name, [ref | {"ref_id": split, "split": split}
+                        for split in ("train", "val", "testA", "testB")]
+                 + [ref | {"ref_id": "outside", "split": read_there, "ann_id": 2}], "a.png")
+    assert {*found} == {read_there, "outside"} and found["outside"] == "no box for the phrase"
+
+
 def test_regions_outside_of_the_picture_are_clipped_or_left_out(read):
     def region(phrase, *box):
         return dict(zip(("x", "y", "width", "height"), box, strict=True)) | {"phrase": phrase}
@@ -306,6 +431,20 @@ def test_regions_outside_of_the_picture_are_clipped_or_left_out(read):
         {"id": 5, "regions": []}], "VG_100K_2/4.jpg", "VG_100K/5.jpg")
     assert boxes_told(found["4"]) == {("a cat", "[0.000, 0.500, 0.500, 1.000]")}
     assert found["5"] == "no box for the phrase"
+
+
+def test_at_most_eight_regions_are_drawn_anew_each_epoch(read):
+    regions = [{"phrase": f"cat {n}", "x": 10 * n, "y": 0, "width": 9, "height": 9}
+               for n in range(20)]
+    lost = [{"phrase": "?", "x": float("nan"), "y": 0, "width": 9, "height": 9},
+            {"phrase": " ", "x": 0, "y": 0, "width": 9, "height": 9}, {"phrase": "no box"}]
+    read("region_descriptions.json", [{"id": 4, "regions": lost + regions}], "4.jpg")
+    epochs = [[DataSets(("region_descriptions.json",)).stream("train", seed, "nanovilla", 0.0)
+               .at(n).documents for n in range(9)] for seed in (0, 0)]
+    assert epochs[0] == epochs[1]
+    drawn = [boxes_told(documents) for documents in epochs[0]]
+    assert all(len(told) == 8 for told in drawn) and len({*map(frozenset, drawn)}) > 1
+    assert {phrase for told in drawn for phrase, _ in told} == {f"cat {n}" for n in range(20)}
 
 
 # ------------------------------------------------------------------------- interleaved documents
@@ -335,6 +474,20 @@ def test_mmc4_puts_pictures_before_their_sentences(read):
     assert learned(document) == ["Two.", "Three. Four."]
     assert found["b"] == "no picture with words behind it"
     assert sum(isinstance(s, Image) for s in found["c"][0]) == formats.MAX_PICTURES
+
+
+def test_pictures_of_mmc4_that_stand_nowhere_take_no_places(read):
+    image = base64.b64encode(LARGE).decode()
+    least = base64.b64encode(LARGE + bytes(-len(LARGE) % 3))[: -(-formats.MIN_BYTES // 3) * 4]
+    small = base64.b64encode(LARGE[: formats.MIN_BYTES - 1]).decode()
+    info = [(9, 0.9, image)] * 6 + [(None, 0.9, image), (0, 0.8, small), (0, 0.8, "!"), (0, 0.8, 3)]
+    info += [(0, 0.24, image), (1, 0.2399, image), (2, 0.3, least.decode())]
+    (found,) = read("docs_no_face_shard_0_v3.jsonl", [
+        {"url": "a", "text_list": ["One\u2028one.", "Two.", "Three."], "image_info": [
+            {"image_name": "x", "matched_text_index": at, "matched_sim": sim, "image_base64": data}
+            for at, sim, data in info]}]).values()
+    assert [s.string if isinstance(s, Text) else "<image>" for s in found[0]] == [
+        "<image>", "One one. Two.", "<image>", "Three."]
 
 
 def test_mmc4_finds_pictures_in_a_folder(read):
@@ -378,6 +531,15 @@ def test_ones_own_documents_are_as_written(read):
     assert [s.learn for s in talk if isinstance(s, Ret)] == [True]
 
 
+def test_an_assistant_that_says_nothing_is_left_out(read):
+    found = read("mine.jsonl", [
+        {"id": "silent", "chat": [{"user": "What?", "assistant": " \u2028"}]},
+        {"id": "unasked", "chat": [{"images": ["a.png"], "user": "", "assistant": "A\x0bcat."}]},
+        {"id": "unlearned", "document": [{"image": "a.png"}, {"text": "a cat"}]}], "a.png")
+    assert found["silent"] == "no words" and found["unlearned"] == "nothing to learn"
+    assert learned(found["unasked"][0]) == ["A cat."]
+
+
 @pytest.mark.parametrize("entry", [
     {}, {"document": []}, {"chat": []}, {"document": [{}]}, {"document": [{"text": 3}]},
     {"document": [{"text": "x", "learn": True}], "chat": []}, {"document": "x"}, {"chat": ["x"]},
@@ -406,7 +568,43 @@ def test_lines_that_are_no_json_are_left_out(read, tmp_path):
     assert sorted(reasons) == ["1", "not JSON", "not as its format"]
 
 
+@pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png", "link.png", "x/../..", 3])
+@pytest.mark.parametrize("kind, entry", [
+    ("llava", lambda name: {"image": name, "conversations": turns("What?", "A cat.")}),
+    ("blip", lambda name: {"image": name, "conversations": turns("What?", "A cat.")}),
+    ("own", lambda name: {"chat": [{"images": [name], "user": "?", "assistant": "!"}]}),
+    ("obelics", lambda name: {"texts": [None, "words"], "images": [name, None]}),
+    ("mmc4", lambda name: {"text_list": ["words"], "image_info": [
+        {"image_name": name, "matched_sim": 0.9, "matched_text_index": 0}]}),
+    ("clevr", lambda name: {"image_filename": name, "question": "What?", "answer": "a cat"}),
+])
+def test_no_picture_outside_of_the_folder_is_read_whoever_names_it(tmp_path, kind, entry, name):
+    root = tmp_path / "images"
+    root.mkdir()
+    (tmp_path / "secret.png").write_bytes(LARGE)
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    name = name.format(tmp_path) if isinstance(name, str) else name
+    with pytest.raises(BadRecord, match="path outside|no picture with words|not as its format"):
+        formats.FORMATS[kind].read(entry(name), Reading(Random(0), pictures=str(root)))
+
+
 # ------------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize("line, kind", [
+    ('{"text_list": [], "image_info": []}', "mmc4"), ('{"images": [], "texts": []}', "obelics"),
+    ('\n \n{"id": 1, "conversations": []}', "llava"), ('\ufeff{"chat": []}', "own"),
+    ('{"id": 1, "document": []}\nno JSON', "own"), ("", None), ("[1]", None), ("no", None),
+    ('{"x": 1}', None),
+])
+def test_lines_are_known_by_the_first_of_them(tmp_path, line, kind):
+    path = tmp_path / "x.jsonl"
+    path.write_text(line)
+    if kind:
+        assert format_of(str(path)) == kind
+    else:
+        with pytest.raises(ValueError, match="put one of shards, llava.* and = in front"):
+            format_of(str(path))
 
 
 FIELDS = ("id", "image", "conversations", "from", "value", "question_id", "image_id", "question",
@@ -423,7 +621,7 @@ ANYTHING = st.recursive(
 
 
 @pytest.mark.parametrize("name", [name for name in formats.FORMATS if name != "shards"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(entry=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=6))
 def test_whatever_an_entry_holds_it_is_a_document_or_a_bad_record(name, entry):
     source = object.__new__(Source)

@@ -11,13 +11,14 @@ import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 
 import sources
 from data import Samples, loader, sample_numbers
-from formats import Image, Text
+from formats import Image, Reading, Text, caption_documents, read_pair
 from records import HELD_OUT, BadRecord, hash_of
 from sources import DataSets, Spec, open_source, open_sources
 from tests.shards import MENDED, SPOILED, WHOLE, write_sample, write_shard
@@ -60,12 +61,18 @@ def test_a_path_that_holds_an_at_is_a_path(tmp_path, monkeypatch):
     Path("ViT@336").mkdir()
     assert Spec.of("ViT@336") == Spec("ViT@336")
     assert Spec.of("ViT@335") == Spec("ViT", pictures="335")
+    write_shard(Path("ViT@336"), 0, 2)
+    for text in ("ViT@336/*.tar", "ViT@336/{00000..00001}.tar", "ViT@336/0000?.tar::b.tar"):
+        assert Spec.of(text) == Spec(text) and Spec.of(f"x={text}*2") == Spec(text, "x", "", "2")
+    assert Spec.of("ViT@336/x.json@pictures") == Spec("ViT@336/x.json", pictures="pictures")
 
 
 def test_a_name_says_the_same_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(Spec.of("m=a.json@b*0.5").absolute()) == f"m={tmp_path}/a.json@{tmp_path}/b*0.5"
     assert str(Spec.of("a.tar::b.tar").absolute()) == f"{tmp_path}/a.tar::{tmp_path}/b.tar"
+    assert str(Spec.of("../{0..3}/*.tar").absolute()) == f"{tmp_path.parent}/{{0..3}}/*.tar"
+    assert Spec.of("/x/a.json@/y").absolute() == Spec("/x/a.json", pictures="/y")
 
 
 @pytest.mark.parametrize("text, label", [
@@ -84,12 +91,33 @@ def test_braces_stars_lists_and_folders_name_shards(tmp_path):
         assert Spec.of(text).paths() == names
 
 
+def test_several_folders_of_pairs_are_one_set(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.jpg").write_bytes(WHOLE)
+        (tmp_path / name / f"{name}.txt").write_text("a cat")
+    for text in (f"{tmp_path}/one::{tmp_path}/two", f"{tmp_path}/*", f"{tmp_path}/{{one,two}}/"):
+        assert sorted(keys(stream(text))) == ["one", "two"]
+    (tmp_path / "one" / "[1].txt").write_text("two cats")
+    (tmp_path / "one" / "[1].jpg").write_bytes(WHOLE)
+    (tmp_path / "one").rename(tmp_path / "[1]")
+    assert sorted(keys(stream(tmp_path / "[1]"))) == ["[1]", "one"]
+
+
 @pytest.mark.parametrize("text, says", [
     ("nowhere.tar", "nowhere.tar: no such file"), ("nowhere", "nowhere: no such folder"),
     ("{00000..00004}.tar", r"00002.tar: no such file \(3 of 5"),
     ("notes.txt", "notes.txt"), ("empty", "no pictures"), ("list.json@nowhere", "nowhere"),
     ("nothing.json", "holds no sample"), ("strange.jsonl", "put one of"),
-    ("broken.json", "broken.json: is not JSON at byte"),
+    ("broken.json", "broken.json: is not JSON at byte"), ("", "'': names no data set"),
+    ("a.jsonl.zip", "a.jsonl.zip: is neither .tar, .json.* nor a folder.*; unpack it"),
+    ("mmc4=a.jsonl.zip", "mmc4 is read from .json .jsonl .parquet files alone; unpack it"),
+    ("llava=00000.tar", "00000.tar: llava is read from .json"),
+    ("00000.tar::list.json", "list.json: shards is read from .tar files alone; .* of its own"),
+    ("v2_OpenEnded_mscoco_val2014_questions.json", "needs v2_mscoco_val2014_annotations.json"),
+    ("refs.json", "refs.json: needs instances.json beside it, which is not there"),
+    ("llava.json", r"no sample .*: 2 of 2 entries name pictures .* not in \. \(FILES@FOLDER names"),
+    ("llava.json@empty", r"2 of 2 entries name pictures that are not in empty"),
 ])
 def test_what_cannot_be_a_data_set_is_one_line(tmp_path, monkeypatch, text, says):
     monkeypatch.chdir(tmp_path)
@@ -97,7 +125,10 @@ def test_what_cannot_be_a_data_set_is_one_line(tmp_path, monkeypatch, text, says
         write_shard(tmp_path, shard, 2)
     Path("empty").mkdir()
     for name, content in (("notes.txt", "x"), ("list.json", '[{"id": 1}]'), ("nothing.json", "[]"),
-                          ("strange.jsonl", '{"x": 1}\n'), ("broken.json", '[{"id": 1}, {"i')):
+                          ("strange.jsonl", '{"x": 1}\n'), ("broken.json", '[{"id": 1}, {"i'),
+                          ("a.jsonl.zip", "PK"), ("llava.json", '[{"image": "a"}, {"image": "b"}]'),
+                          ("v2_OpenEnded_mscoco_val2014_questions.json", '{"questions": [{}]}'),
+                          ("refs.json", '[{"ref_id": 1}]')):
         Path(name).write_text(content)
     with pytest.raises(ValueError, match=says) as error:
         open_sources((text,))
@@ -109,6 +140,23 @@ def test_shares_are_for_all_or_none(tmp_path):
     for texts, says in ((["*0.5", ""], "every data set"), (["*0", "*1"], "above 0")):
         with pytest.raises(ValueError, match=says):
             open_sources(tuple(f"{tmp_path}/00000.tar{text}" for text in texts))
+
+
+def test_the_shards_of_these_tests_are_as_img2dataset_writes_them(tmp_path):
+    written = write_shard(tmp_path, 3, 40, broken=0.5)
+    with tarfile.open(tmp_path / "00003.tar") as tar:
+        members = tar.getmembers()
+        about = json.load(tar.extractfile(f"{written[0]}.json"))
+    assert [m.name for m in members] == [f"{key}.{kind}" for key in written
+                                         for kind in ("jpg", "json", "txt")]
+    assert {(m.mode, m.uname, m.gname, m.isfile(), *m.pax_headers) for m in members} == {
+        (0o444, "bigdata", "bigdata", True)}
+    assert written != sorted(written) and all(30_000 <= int(k) < 30_080 and len(k) == 9
+                                              for k in written)
+    assert {*about} == {"caption", "url", "key", "status", "error_message", "width", "height",
+                        "original_width", "original_height", "exif", "sha256"}
+    stats = json.loads((tmp_path / "00003_stats.json").read_text())
+    assert stats["successes"] == stats["status_dict"]["success"] == 40 == stats["count"] / 2
 
 
 # ------------------------------------------------------------------------------- which sample when
@@ -141,6 +189,19 @@ def test_a_small_set_holds_nothing_out_and_says_so(tmp_path):
     sets = DataSets((str(tmp_path),))
     assert len(sets.stream("train", 0, "nanovilla", 0)) == 20
     assert any("too few samples to hold any out" in note for note in sets.notes)
+
+
+def test_of_a_mixture_only_sets_that_hold_samples_out_are_evaluated_on_in_their_shares(tmp_path):
+    for name, n in (("a", 3000), ("d", 3000), ("small", 9)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(
+            {"id": f"{name} {i}", "document": [{"text": "x", "learn": True}]}) for i in range(n)))
+    sets = [f"{tmp_path}/{name}*{share}" for name, share in (
+        ("a.jsonl", 0.2), ("small.jsonl", 0.4), ("d.jsonl", 0.4))]
+    told = Counter(key.split()[0] for key in keys(stream(*sets, part="test"), 30))
+    assert told == {"a": 10, "d": 20}
+    held = {key for key in (f"{name} {i}" for name in "ad" for i in range(3000))
+            if hash_of(key) % HELD_OUT == 0}
+    assert {*keys(stream(*sets, part="test"), 30)} == held
 
 
 def two_sets(tmp_path: Path) -> list[str]:
@@ -212,6 +273,67 @@ def test_a_fingerprint_knows_other_data(tmp_path):
     assert DataSets((a, b)).fingerprint() == one != DataSets((b, a)).fingerprint()
     write_shard(Path(a), 0, 29)
     assert DataSets((a, b)).fingerprint() != one
+    here = DataSets((b,)).fingerprint()
+    (tmp_path / "moved").mkdir()
+    Path(b).rename(tmp_path / "moved" / "b.jsonl")
+    assert DataSets((f"{tmp_path}/moved/b.jsonl",)).fingerprint() == here
+    text = (tmp_path / "moved" / "b.jsonl").read_text()
+    (tmp_path / "moved" / "b.jsonl").write_text(text.replace('"x"', '"other words"'))
+    assert DataSets((f"{tmp_path}/moved/b.jsonl",)).fingerprint() != here
+
+
+def test_a_fingerprint_knows_other_answers_rewrites_and_captions(tmp_path):
+    questions, *_ = vqa(tmp_path, "val2014", [1, 2])
+    shard, folder = tmp_path / "shards", tmp_path / "folder"
+    write_shard(shard, 0, 5)
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(WHOLE)
+    (folder / "a.txt").write_text("a cat")
+    for data, changed, content in (
+        (questions, tmp_path / "v2_mscoco_val2014_annotations.json", '{"annotations": [{}]}'),
+        (shard, shard / "00000.rewrites.jsonl", '{"key": "1", "rewrites": []}'),
+        (folder, folder / "a.txt", "a dog")):
+        before = DataSets((str(data),)).fingerprint()
+        changed.write_text(content)
+        assert DataSets((str(data),)).fingerprint() != before
+
+
+# ------------------------------------------------------------------------------ answers beside
+
+
+def vqa(folder: Path, split: str, numbers: list[int], pictures: str = "") -> list[str]:
+    """VQAv2's two files, the answers in another order; returns the name and the right answers."""
+    asked = [{"question_id": i, "image_id": i, "question": f"{i}?"} for i in numbers]
+    noted = [{"question_id": i, "multiple_choice_answer": f"it is {i}"} for i in reversed(numbers)]
+    (folder / pictures).mkdir(exist_ok=True)
+    for i in numbers:
+        (folder / pictures / f"COCO_{split}_{i:012d}.jpg").write_bytes(WHOLE)
+    path = folder / f"v2_OpenEnded_mscoco_{split}_questions.json"
+    path.write_text(json.dumps({"questions": asked}))
+    (folder / f"v2_mscoco_{split}_annotations.json").write_text(json.dumps({"annotations": noted}))
+    return [str(path), *(f"it is {i}" for i in numbers)]
+
+
+def answers(samples) -> list[str]:
+    return sorted(segment.string for n in range(len(samples)) for document in
+                  samples.at(n).documents for segment in document
+                  if isinstance(segment, Text) and segment.learn and not segment.special)
+
+
+@pytest.mark.parametrize("pictures", ["", "{}"])
+def test_each_file_of_questions_has_its_own_answers_and_pictures(tmp_path, pictures):
+    first, *right = vqa(tmp_path, "train2014", [1, 2, 3], pictures.format("train2014"))
+    second, *also = vqa(tmp_path, "val2014", [4, 5], pictures.format("val2014"))
+    assert answers(stream(f"vqav2={first}::{second}")) == sorted([*right, *also])
+    assert answers(stream(second)) == also
+
+
+def test_answers_whose_keys_share_their_hash_are_told_apart(tmp_path):
+    seen: dict[int, int] = {}
+    twins = next([seen[h], i] for i in range(10**6)
+                 if (h := hash_of(str(i))) in seen or seen.setdefault(h, i) != i)
+    path, *right = vqa(tmp_path, "train2014", [*twins, 1])
+    assert answers(stream(path)) == sorted(right)
 
 
 # ------------------------------------------------------------------------------- what is left out
@@ -264,6 +386,20 @@ def test_of_a_shard_that_breaks_off_whole_samples_are_used(tmp_path):
     assert 0 < source.n_train.sum() < 6 and "breaks off" in source.notes[0]
 
 
+def test_what_is_left_out_says_where_it_stands(tmp_path):
+    lines = ['{"id": "good", "document": [{"text": "x", "learn": true}]}', "no JSON",
+             '{"id": "dull", "document": [{"text": "x"}]}', '{"id": "odd", "chat": 3}']
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    samples, told = stream(tmp_path / "own.jsonl"), {}
+    for i in range(4):
+        try:
+            samples.at(i)
+        except BadRecord as error:
+            told[error.key] = error.reason
+    assert told == {f"at byte {len(lines[0]) + 1}": "not JSON", "dull": "nothing to learn",
+                    "odd": "not as its format"}
+
+
 def test_a_sample_without_its_picture_or_its_words_is_left_out(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, content in (("1.txt", b"a cat"), ("2.jpg", WHOLE), ("3.txt", b"words"),
@@ -291,6 +427,50 @@ def test_entries_without_their_picture_are_set_aside_and_come_back_with_it(tmp_p
     assert source.n_train.sum() == 3 and "2 of 5 entries name pictures" in source.notes[0]
     (tmp_path / "3.jpg").write_bytes(WHOLE)
     assert open_source(Spec.of(str(path))).n_train.sum() == 4
+
+
+def test_of_very_many_set_aside_some_are_looked_for_each_time(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(sources, "there", lambda entry, **_: looked.append(entry) or entry["here"])
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps([{"id": i, "here": i == 0} for i in range(1000)]))
+    assert open_source(Spec.of(str(path))).n_train.sum() == 1 and 1000 + 100 < len(looked) <= 1300
+    looked.clear()
+    assert open_source(Spec.of(str(path))).n_train.sum() == 1 and 100 < len(looked) <= 300
+    monkeypatch.setattr(sources, "there", lambda entry, **_: entry["id"] % 2 == 0)
+    assert open_source(Spec.of(str(path))).n_train.sum() == 500
+    monkeypatch.setattr(sources, "there", lambda entry, **_: 1 / 0)  # all is well: none is asked
+    (tmp_path / "own.jsonl").write_text('{"document": [{"text": "x", "learn": true}]}')
+    assert len(stream(tmp_path / "own.jsonl")) == 1
+
+
+def pair(**parts) -> dict:
+    about = {"original_width": 400, "original_height": 300} | parts.pop("json", {})
+    return {"__key__": "1", "jpg": WHOLE, "json": json.dumps(about).encode(), **parts}
+
+
+@pytest.mark.parametrize("sample, caption", [
+    (pair(txt=b"a\xe2\x80\xa8red\x0b\x0c\r\n cat\xc2\x85"), "a red cat"),
+    (pair(txt="a \ufffd cat".encode() + b"\xe9\xe9"), "a \ufffd cat\ufffd\ufffd"),
+    (pair(txt=b"a cat" + b"\xe9" * 4), "not UTF-8"),
+    (pair(json={"caption": "in its json"}), "in its json"),
+    (pair(json={"caption": None}), "no words"),
+    (pair(txt=b"of the page", json={"top_caption": "a\u2029cat"}), "a cat"),
+    (pair(txt=b"a cat", json={"original_width": 32}), "a cat"),
+    (pair(txt=b"a cat", json={"original_width": 31}), "tiny original"),
+    (pair(txt=b"a cat", json={"original_height": 1}), "tiny original"),
+    (pair(txt=b"a cat", json={"original_width": None, "original_height": "?"}), "a cat"),
+    ({"__key__": "1", "txt": b"a cat", "webp": WHOLE}, "a cat"),
+    ({"__key__": "1", "txt": b"a cat", "jpg": WHOLE, "json": b"{"}, "not JSON"),
+    ({"__key__": "1", "txt": b"a cat", "seg.jpg": WHOLE}, "no picture in the sample"),
+])
+def test_a_sample_of_a_shard_is_its_picture_and_its_caption(sample, caption):
+    try:
+        documents = read_pair(sample, Reading(Random(0)))
+    except BadRecord as error:
+        assert error.reason == caption
+    else:
+        assert documents == caption_documents(WHOLE, caption)
 
 
 def test_captions_of_laion_coco_are_its_captioners(tmp_path):
@@ -323,6 +503,21 @@ def test_rewrites_beside_a_shard_are_drawn_by_key(tmp_path):
         assert all(key in line for line in words)
         assert len({*words}) == (3 if key in written[:20] else 1)
     assert drawn == told(1.0, 900)
+    half = [line != f"a photo of {key}" for key, lines in told(0.3, 900).items()
+            for line in lines if key in written[:20]]
+    assert 0.15 < sum(half) / len(half) < 0.25  # of three in ten, a third draws the caption
+
+
+@pytest.mark.parametrize("line, drawn", [
+    ('{"rewrites": ["one\\u2028more\\u000bcat\\n", "", " ", "cat", 3, null]}', {"one more cat"}),
+    ('{"rewrites": null}', set()), ("{}", set()), ('{"rewrites": []}', set())])
+def test_a_rewrite_is_a_line_of_words(tmp_path, line, drawn):
+    (key,) = write_shard(tmp_path, 0, 1)
+    (tmp_path / "00000.rewrites.jsonl").write_text(line.replace("{", f'{{"key": "{key}", ', 1)
+                                                   .replace(", }", "}"))
+    samples = stream(tmp_path, paraphrase=1.0)
+    said = {samples.at(n).documents[0][1].string for n in range(40)}
+    assert said == {f"a photo of {key}"} | drawn
 
 
 def test_tar_members_that_lead_outside_are_refused(tmp_path):
@@ -364,7 +559,7 @@ def test_parquet_is_read_where_pyarrow_is_and_named_where_it_is_not(tmp_path, mo
         open_sources((f"{tmp_path}/a.parquet",))
 
 
-def test_rows_of_parquet_are_documents(tmp_path):
+def test_rows_of_parquet_are_documents(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
     (tmp_path / "a.jpg").write_bytes(WHOLE)
@@ -375,9 +570,20 @@ def test_rows_of_parquet_are_documents(tmp_path):
     (told,) = (s.documents for s in map(tried(samples), range(2)) if s)
     assert [segment.learn for segment in told[0] if isinstance(segment, Text)] == [False, True]
     assert [*stream(tmp_path / "x.parquet").sources[0].paths] == [f"{tmp_path}/x.parquet.jsonl"]
+    once = os.stat(tmp_path / "x.parquet.jsonl").st_mtime_ns
+    assert len(stream(tmp_path / "x.parquet")) == 2
+    assert os.stat(tmp_path / "x.parquet.jsonl").st_mtime_ns == once
+    parquet.write_table(rows.slice(0, 1), tmp_path / "x.parquet")
+    os.utime(tmp_path / "x.parquet", ns=(once + 10**9,) * 2)
+    assert len(stream(tmp_path / "x.parquet")) == 1
     (tmp_path / "y.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match="y.parquet: cannot be rewritten"):
         open_sources((f"{tmp_path}/y.parquet",))
+    monkeypatch.setattr(sources.json, "dumps", lambda row: 1 / 0)
+    parquet.write_table(rows, tmp_path / "y.parquet")
+    with pytest.raises(ZeroDivisionError):
+        open_sources((f"{tmp_path}/y.parquet",))
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("y.parquet.")]
 
 
 def tried(samples):
