@@ -4,6 +4,7 @@ Without a GPU, Triton's kernels run under its interpreter, on the CPU.
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -65,14 +66,17 @@ def tiny_model(tiny_config):
 @pytest.fixture
 def cli(capsys, monkeypatch):
     """cli(module, *arguments) -> (exit code, stdout, stderr) of a script run in this process."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def run(script, *arguments) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, arguments)])
-        code = 0
+        code, handlers = 0, [signal.getsignal(number) for number in numbers]
         try:
             run_main(script.main)
         except SystemExit as end:
             code = end.code or 0
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
         return code, *capsys.readouterr()
 
     return run
