@@ -75,6 +75,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     sets: DataSets | None  # the user's own data; none: the drawn world
+    fingerprint: int  # of this data
     model: VisionLanguageModel
     tokenizer: Tokenizer
     peak: float  # FLOP/s of all ranks together
@@ -96,7 +97,8 @@ def main() -> None:
     if sharded:
         start_group(ranks, device)
     sets = open_data(config, ranks)
-    checkpoint, state = stopped_at(config, sets.fingerprint() if sets else 0)
+    fingerprint = sets.fingerprint() if sets else 0
+    checkpoint, state = stopped_at(config, fingerprint)
     initial = None if checkpoint else initial_model(config)
     out, stopping = run_folder(config), stop_on_signals()
     ranks.wait()  # for all to have looked before one of them writes
@@ -110,7 +112,7 @@ def main() -> None:
         shard(model.train(), dtype, device)
     else:
         model.to(device, torch.float32).train()
-    run = Run(config, out, ranks, device, dtype, sets, model, tokenizer,
+    run = Run(config, out, ranks, device, dtype, sets, fingerprint, model, tokenizer,
               peak_flops(device, dtype) * ranks.size, stopping, state.get("seconds", 0.0),
               state.get("reached"), Tally(**state.get("tally", {})))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -180,7 +182,7 @@ def train_stage(run: Run, number: int, checkpoint: Path | None, state: dict) -> 
 def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int) -> None:
     """A checkpoint: weights, moments, and where the run stands. The data's state is the step."""
     c, seen = run.config, tally(run)
-    state = {"stage": stage, "step": step, "data": run.sets.fingerprint() if run.sets else 0,
+    state = {"stage": stage, "step": step, "data": run.fingerprint,
              "seconds": run.seconds, "reached": run.reached,
              "tally": {"reasons": seen.reasons, "files": seen.files},
              "log_size": log_path(run).stat().st_size if run.ranks.is_first else 0}
