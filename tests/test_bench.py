@@ -74,6 +74,19 @@ def test_the_readme_shows_the_parity_and_the_loading_that_were_recorded():
                     f"{found['seconds'] / limit:.2f} |") in readme
 
 
+def test_the_readme_shows_the_speed_of_data_that_was_recorded():
+    records = [*map(json.loads, (ROOT / "results" / "cpu.jsonl").read_text().splitlines())]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    record = [record for record in records if record.get("bench") == "data"][-1]
+    images, index, first, waiting = record["rows"]
+    assert f"at commit {record['commit']}" in readme
+    for way, (_, middle, _) in images["ways"].items():
+        assert f"| {middle:.0f} |" in readme, way
+    for number in (f"{images['ratio']:.2f} times", f"{index['rate']:,.0f} samples/s",
+                   f"{first['seconds']:.2f} s", f"{100 * waiting['share']:.2f} %"):
+        assert number in readme
+
+
 def test_loading_is_measured_beside_the_bytes_and_transformers(cli, tmp_path):
     pytest.importorskip("transformers")
     out = tmp_path / "record.jsonl"
