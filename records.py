@@ -277,6 +277,9 @@ def json_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str | 
         yield *reader.value()[:2], key
 
 
+BOM = b"\xef\xbb\xbf"  # that some editors put in front of UTF-8
+
+
 class JsonReader:
     """Goes through a JSON file that may be larger than memory, value by value.
 
@@ -286,7 +289,7 @@ class JsonReader:
 
     def __init__(self, data: mmap.mmap, size: int = 2**24):
         self.data, self.size, self.decoder = data, size, json.JSONDecoder()
-        self.fill(0, size)
+        self.fill(len(BOM) if data[: len(BOM)] == BOM else 0, size)
 
     def fill(self, offset: int, size: int) -> None:
         self.start, self.place = offset, 0
@@ -350,7 +353,8 @@ def index_path(path: str, where: str) -> str:
     if os.path.exists(name) or os.access(os.path.dirname(path) or ".", os.W_OK):
         return name
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "nanovilla", f"{hash_of(os.path.abspath(name)):08x}.idx")
+    hashed = hashlib.blake2b(os.path.abspath(name).encode(), digest_size=16).hexdigest()
+    return os.path.join(cache, "nanovilla", f"{hashed}.idx")
 
 
 def read_header(path: str, where: str, about: int) -> tuple[tuple[int, ...], bool] | None:

@@ -220,6 +220,13 @@ def test_a_json_file_that_breaks_off_anywhere_is_refused_and_leaves_no_index(tmp
             Records([str(path)], where="data")
 
 
+def test_the_mark_in_front_of_utf_8_is_passed_over(tmp_path):
+    for name, content in (("x.json", b'[{"id": "a"}]'), ("x.jsonl", b'{"id": "a"}\n')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        files = Records([str(tmp_path / name)])
+        assert json.loads(files.read(0, 0)) == {"id": "a"} and files.find(0, "a") == 0
+
+
 def test_lines_are_records_but_for_blank_ones(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"id": "a"}\r\n\n  \n[1]\nno json\n{"id": 7}')
