@@ -396,11 +396,15 @@ def write_index(path: str, where: str, usable: Callable | None, about: int) -> N
     rows = np.concatenate([np.array(part, ROW) for part in parts])
     header = HEADER.pack(MAGIC, *identity(path, about), *map(len, parts), cut)
     target = index_path(path, where)
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     unfinished = f"{target}.{os.getpid()}.part"
-    with open(unfinished, "wb") as file:
-        file.write(header + rows.tobytes())
-    os.replace(unfinished, target)
+    try:
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+        with open(unfinished, "wb") as file:
+            file.write(header + rows.tobytes())
+        os.replace(unfinished, target)
+    except OSError as error:
+        raise ValueError(f"{target}: the index cannot be written: {error.strerror}; set "
+                         f"XDG_CACHE_HOME to a folder that has room and can be written") from None
 
 
 def parsed(line: bytes) -> object:

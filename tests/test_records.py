@@ -312,6 +312,16 @@ def test_where_nothing_can_be_written_the_index_stands_in_the_cache(tmp_path, mo
     assert not Path(f"{path}.idx").exists() and len([*tmp_path.glob("cache/nanovilla/*.idx")]) == 1
 
 
+def test_where_no_index_can_be_written_at_all_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text("\n".join(entries(5)))
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="cannot be written: .*XDG_CACHE_HOME") as error:
+        Records([str(tmp_path / "x.jsonl")])
+    assert "\n" not in str(error.value)
+
+
 def test_many_files_are_indexed_side_by_side_and_more_than_can_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "open_file", records.lru_cache(3)(records.open_file.__wrapped__))
     paths = [str(write_tar(tmp_path / f"{i}.tar", [(f"{i}.txt", b"%d" % i)])) for i in range(12)]
