@@ -1,8 +1,9 @@
-"""Checkpoints of a run: saved whole, found again, restored on any number of ranks.
+"""Checkpoints of a run: saved in the background, checked, restored on any number of ranks.
 
     out/tiny/checkpoints/step_00001000/
         *.distcp, .metadata    parameters and optimizer state (torch.distributed.checkpoint)
-        state.json             where the run stood; written last, so it marks a whole checkpoint
+        state.json             where the run stood, and a checksum of every file; written last, so
+                               it marks a whole checkpoint
     out/tiny/best.json         which of them had the lowest validation loss
 
 Every rank writes its own shards and reads whichever pieces its new share needs: a run that stopped
@@ -10,7 +11,6 @@ on two ranks goes on with one, or four. The state of the data is a single intege
 the order of the samples depends on nothing else (data.sample_numbers).
 """
 
-import contextlib
 import json
 import math
 import os
@@ -18,71 +18,180 @@ import pickle
 import re
 import shutil
 import warnings
+import zlib
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 
 MARKER = "state.json"
+BLOCK = 2**24  # bytes that are read at once
 
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict,
-                    keep: int) -> None:
-    """Write run/checkpoints/step_<step>; then delete all but the newest `keep` whole ones.
+class Saver:
+    """Writes the checkpoints of a run, one at a time, while training goes on.
 
-    Kept is also the best one of the stage, state["stage"]; the rest of `state` is any JSON. All
-    ranks call this together.
+    All ranks make one together, and call its methods together. Only the copying of what is saved
+    takes training's time. keep: that many whole checkpoints stay, and the best of the stage.
+    leave_out: names of parameters that are not saved, since their files are still there.
     """
-    folder = run / "checkpoints" / f"step_{step:08d}"
-    if is_first():
-        shutil.rmtree(folder, ignore_errors=True)  # a cut-off one of the same step
-    wait()
+
+    def __init__(self, run: Path, keep: int, leave_out: Collection[str] = ()):
+        self.run, self.keep, self.leave_out = run, keep, leave_out
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.thread = ThreadPoolExecutor(1)
+        self.saving: Future | None = None
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: dict,
+             val_loss: float | None = None) -> None:
+        """Begin run/checkpoints/step_<step>. `state`: any JSON, with the number of its "stage".
+
+        val_loss: of the model in validation, if it was evaluated at this step. Raises ValueError
+        if the checkpoint before could not be written.
+        """
+        self.finish()
+        folder = self.run / "checkpoints" / f"step_{step:08d}"
+        if is_first():
+            shutil.rmtree(folder, ignore_errors=True)  # a cut-off one of the same step
+        wait()
+        no_word_about_one_process()
+        written = dcp.async_save(parts(model, optimizer, self.leave_out), checkpoint_id=folder,
+                                 process_group=self.group, no_dist=self.group is None)
+        self.saving = self.thread.submit(self.complete, folder, written, state, val_loss)
+
+    def finish(self) -> None:
+        """Wait until what was begun is whole. ValueError if it cannot be."""
+        if self.saving:
+            saving, self.saving = self.saving, None
+            saving.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows by now that finish() is going to raise."""
+        return bool(self.saving and self.saving.done() and self.saving.exception())
+
+    def complete(self, folder: Path, written: Future, state: dict, val_loss: float | None) -> None:
+        """In the background: what makes a checkpoint whole. Every rank adds up its own files."""
+        mine, trouble = {}, ""
+        try:
+            written.result()
+            rank = dist.get_rank() if self.group else 0
+            own = [*folder.glob(f"__{rank}_*"), *(folder.glob(".metadata") if rank == 0 else ())]
+            mine = {path.name: checksum(path) for path in own}
+        except (CheckpointException, OSError, RuntimeError) as error:
+            trouble = reason(error)
+        found = gathered((mine, trouble), self.group)
+        trouble = next((text for _, text in found if text), "")
+        if is_first() and not trouble:
+            sums = {name: value for files, _ in found for name, value in files.items()}
+            try:
+                write_whole(folder / MARKER, json.dumps(state | {"files": sums}))
+                if val_loss is not None:
+                    mark_best(self.run, folder, state["stage"], val_loss)
+                self.forget_old(state.get("stage"))
+            except OSError as error:
+                trouble = reason(error)
+        if trouble := gathered(trouble, self.group)[0]:
+            if is_first():
+                shutil.rmtree(folder, ignore_errors=True)
+            last = latest_checkpoint(self.run)
+            raise ValueError(
+                f"{folder}: could not be written ({trouble}); mend that, then go on by --resume "
+                f"{self.run}, from " + (last.name if last else "the start"))
+
+    def forget_old(self, stage: int) -> None:
+        best = read_best(self.run)
+        kept = best.get("checkpoint") if best.get("stage") == stage else None
+        for old in whole_checkpoints(self.run)[: -self.keep]:
+            if old.name != kept:
+                (old / MARKER).unlink()  # first, so that a half-deleted one is not taken for whole
+                shutil.rmtree(old)
+
+
+def parts(model: nn.Module, optimizer: Optimizer, leave_out: Collection[str]) -> dict:
+    """All that is saved of a run but its state.json, by reference."""
     weights, moments = get_state_dict(model, optimizer)
-    with no_word_about_one_process():
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder,
-                 no_dist=not dist.is_initialized())
-    if is_first():
-        unfinished = folder / f"{MARKER}.part"
-        with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(folder / MARKER)
-        best = read_best(run)
-        kept = best.get("checkpoint") if best.get("stage") == state.get("stage") else None
-        for old in whole_checkpoints(run)[:-keep]:
-            if old.name == kept:
-                continue
-            (old / MARKER).unlink()  # first, so that a half-deleted one is not taken for whole
-            shutil.rmtree(old)
-    wait()
+    return {"model": {name: w for name, w in weights.items() if name not in leave_out},
+            "optimizer": moments, "random": torch.get_rng_state()}
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Restore both in place. The optimizer must hold the same parameters as when it was saved.
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer,
+                    leave_out: Collection[str] = ()) -> None:
+    """Restore all in place. The optimizer must hold the same parameters as when it was saved.
 
-    Raises ValueError if a file is missing or damaged.
+    Raises ValueError if a part is missing or damaged.
     """
-    weights, moments = get_state_dict(model, optimizer)
+    saved = parts(model, optimizer, leave_out)
     try:
-        with no_word_about_one_process():
-            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
-                     no_dist=not dist.is_initialized())
+        no_word_about_one_process()
+        dcp.load(saved, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError,
             pickle.UnpicklingError) as error:
         raise ValueError(damaged(folder, type(error).__name__)) from error
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"])
+    torch.set_rng_state(saved["random"])
 
 
-@contextlib.contextmanager
-def no_word_about_one_process():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
-        yield
+def bad_file(folder: Path) -> str:
+    """The first file of a checkpoint that is not what was written; "": all are. Ranks share it."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    try:
+        sums = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        mine = sorted(sums.items())[rank::size]
+        bad = next((name for name, value in mine if not (folder / name).is_file()
+                    or checksum(folder / name) != value), "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        bad = MARKER
+    return next((name for name in gathered(bad) if name), "")
+
+
+def gathered(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """A small object of every rank, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+def checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause of an error, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return getattr(error, "strerror", None) or text
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there with all of its text, or not at all."""
+    unfinished = path.with_name(f"{path.name}.part")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def no_word_about_one_process() -> None:
+    """torch would warn at every checkpoint that there is one process; from another thread, even."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
 
 
 def read_state(folder: Path, kinds: dict[str, type]) -> dict:
@@ -97,20 +206,12 @@ def read_state(folder: Path, kinds: dict[str, type]) -> dict:
     return state
 
 
-def mark_best(run: Path, stage: int, val_loss: float | None) -> None:
-    """Note the newest checkpoint in best.json if it is its stage's best so far.
-
-    val_loss: what the model of that checkpoint had in validation; None: it was not evaluated.
-    """
-    newest = latest_checkpoint(run)
+def mark_best(run: Path, checkpoint: Path, stage: int, val_loss: float) -> None:
+    """Note a checkpoint in best.json if it has its stage's lowest validation loss so far."""
     best = read_best(run)
-    if val_loss is None or not newest or not is_first():
-        return
     if best.get("stage") != stage or val_loss < best.get("val_loss", math.inf):
-        unfinished = run / "best.json.part"
-        unfinished.write_text(json.dumps({"checkpoint": newest.name, "stage": stage,
-                                          "val_loss": val_loss}))
-        unfinished.rename(run / "best.json")
+        write_whole(run / "best.json", json.dumps(
+            {"checkpoint": checkpoint.name, "stage": stage, "val_loss": val_loss}))
 
 
 def read_best(run: Path) -> dict:
@@ -122,8 +223,21 @@ def read_best(run: Path) -> dict:
 
 
 def damaged(folder: Path, what: str) -> str:
-    return (f"{folder}: damaged ({what}); delete this folder to go on from the checkpoint before, "
-            f"if there is one, or else from the start")
+    return f"{folder}: damaged ({what})"
+
+
+def newest_good(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are what was written, and a line for each that was passed
+    over; None: there is none at all. ValueError if there are some, and all of them are damaged."""
+    notes: list[str] = []
+    for folder in reversed(whole_checkpoints(run)):
+        if not (bad := bad_file(folder)):
+            return folder, notes
+        notes.append(damaged(folder, bad))
+    if notes:
+        raise ValueError(f"{'; '.join(notes)}: no checkpoint is left to go on from; start a new "
+                         f"run with another --out")
+    return None, []
 
 
 def whole_checkpoints(run: Path) -> list[Path]:

@@ -1,8 +1,7 @@
-"""Every choice of a training run in one dataclass, the presets, and the command line made of them.
+"""Every choice of a training run in one dataclass, and the command line made of it.
 
 A field of TrainConfig is a flag of train.py: `batch_size` is --batch-size, its `help` is the help
-text. Presets are tables of fields that differ from the defaults. What neither a model card nor a
-paper prescribes is our own choice.
+text; a preset (presets.py) is a table of fields that differ from the defaults.
 """
 
 import argparse
@@ -18,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from model import DecoderConfig, ModelConfig
+from presets import PER_STAGE, PRESETS, preset_fields
 from sources import Spec
-from vision import VisionConfig
+
+PARTS = ("vision", "decoder", "special")  # that --frozen takes; the last: rows of <image> and so on
 
 
 def option(default, help: str, choices: tuple = (), low: float = -math.inf,
@@ -33,7 +33,11 @@ def option(default, help: str, choices: tuple = (), low: float = -math.inf,
 
 @dataclass(frozen=True)
 class TrainConfig:
-    preset: str = option("tiny", "model and flags to start from; so far there is only this one")
+    preset: str = option("tiny", "model and recipe to start from, see presets.py", tuple(PRESETS))
+    stage: int = option(0, "one stage of the preset alone, from 1 (0: all, one after another)",
+                        low=0)
+    shrink: int = option(1, "the preset's structure in small: sizes, batch and steps divided by "
+                         "this", low=1, high=1024)
     data: tuple[str, ...] = option((), "data sets, each [NAME=]FILES[@PICTURES][*SHARE], see "
                                    "sources.py; without any, the drawn world")
     val: tuple[str, ...] = option((), "data sets to evaluate on; without any, a thousandth of "
@@ -49,18 +53,24 @@ class TrainConfig:
     stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order",
                                      ("pretrain", "instruct", "data"))
     steps: tuple[int, ...] = option((2350, 600), "optimizer steps of each stage", low=1)
+    epochs: tuple[float, ...] = option((0.0, 0.0), "passes of each stage over one's own --data; "
+                                       "steps then follow from them (0: as many as --steps says)",
+                                       low=0)
     lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage", above=0)
     min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage",
                                        low=0)
-    warmup_steps: tuple[int, ...] = option((50, 50), "steps of linear warm-up of each stage (a "
-                                           "fifth of it at most)", low=0)
-    frozen: tuple[str, ...] = option(("none", "vision"), "what is frozen in each stage: none, "
-                                     "vision, decoder or vision+decoder")
+    warmup_steps: tuple[int, ...] = option((50, 50), "steps of linear warm-up of each stage",
+                                           low=0)
+    warmup_share: tuple[float, ...] = option((0.2, 0.2), "at most this share of a stage is warm-up",
+                                             low=0, high=1)
+    frozen: tuple[str, ...] = option(("none", "vision"), "what is frozen in each stage: none, or "
+                                     "vision, decoder, special (the rows of <image> and so on) "
+                                     "joined by +")
     max_steps: int = option(0, "cut every stage down to this many steps (0: as preset)", low=0)
 
     batch_size: int = option(32, "samples of one optimizer step, over all ranks together", low=1)
-    grad_accum_steps: int = option(1, "micro-batches in which each rank works through a step",
-                                   low=1)
+    micro_batch: int = option(0, "samples of one forward pass of a rank, at most; a rank goes "
+                              "through its share of a step in so many (0: all at once)", low=0)
     gate_start: float = option(0.0, "where the gates of a model from nothing start, before tanh")
     gate_lr_scale: float = option(1.0, "gates learn at this multiple of the learning rate", low=0)
     weight_decay: float = option(0.1, "pull of AdamW towards 0, on matrices and tables only", low=0)
@@ -88,6 +98,23 @@ class TrainConfig:
     backend: str = option("auto", "whose kernels; auto: triton on CUDA, else torch; "
                           "reference is slow and for tests",
                           ("auto", "triton", "torch", "reference"))
+    contrastive_pool: str = option(
+        "micro", "whose pictures are each other's negatives: those of one micro-batch of all "
+        "ranks, or of the global batch, computed twice", ("micro", "global"))
+    shard: str = option("auto", "what is split over ranks: all weights, or only the trained ones, "
+                        "the others whole on each (auto: trained ones if the decoder is frozen)",
+                        ("auto", "all", "trained"))
+    replicate: int = option(0, "groups of ranks that hold the whole model between them (HSDP); 1: "
+                            "one of all ranks (0: one for every machine)", low=0)
+    reshard: str = option("yes", "gathered weights are let go of after the forward pass, and "
+                          "gathered again for the backward one", ("yes", "no"))
+    prefetch: int = option(0, "blocks whose weights are gathered ahead of the one that computes "
+                           "(0: FSDP's own way)", low=0)
+    recompute: str = option("none", "what the backward pass computes again instead of keeping it: "
+                            "none, all but attention, or full", ("none", "selective", "full"))
+    compile: str = option("no", "torch.compile for every block", ("no", "yes"))
+    timeout: float = option(600.0, "seconds that ranks wait for one that says nothing, before the "
+                            "run ends", above=0)
     workers: int = option(1, "data-loading processes per rank", low=0)
     eval_every: int = option(250, "steps between evaluations (0: only at the end)", low=0)
     eval_questions: int = option(60, "questions of each kind in an evaluation on the way", low=1)
@@ -97,18 +124,19 @@ class TrainConfig:
 
     def __post_init__(self):
         n = len(self.stages)
-        for name in ("steps", "lr", "min_lr", "warmup_steps", "frozen"):
+        for name in PER_STAGE:
             if len(getattr(self, name)) != n:
                 raise ValueError(f"{flag(name)} needs one value for each of the {n} stages "
                                  f"({' '.join(self.stages)}), got {len(getattr(self, name))}")
         for parts in self.frozen:
-            if parts != "none" and not set(parts.split("+")) <= {"vision", "decoder"}:
-                raise ValueError(f"--frozen {parts}: choose none, vision, decoder, vision+decoder")
+            if parts != "none" and not set(parts.split("+")) <= set(PARTS):
+                raise ValueError(f"--frozen {parts}: choose none, or what is frozen of "
+                                 f"{', '.join(PARTS)}, joined by +")
         for f in dataclasses.fields(self):
             values = getattr(self, f.name)
             for value in values if isinstance(values, tuple) else (values,):
                 check_value(flag(f.name), value, f.metadata)
-        if {stage == "data" for stage in self.stages} != {bool(self.data)}:
+        if "data" in self.stages and not self.data:
             raise ValueError(f"--stages {' '.join(self.stages)}: 'data' belongs to one's own "
                              f"--data, 'pretrain' and 'instruct' to the drawn world")
         if self.val and not self.data:
@@ -118,29 +146,26 @@ class TrainConfig:
 
     @property
     def run_folder(self) -> Path:
-        name = Spec.of(self.data[0]).label if self.data else self.preset
+        if self.data and self.preset == "tiny":
+            name = Spec.of(self.data[0]).label
+        else:
+            name = self.preset + (f"-{self.stage}" if self.stage else "")
         return Path(self.out or f"out/{name}")
 
+    def accumulation(self, n_ranks: int) -> int:
+        """In how many micro-batches each of n_ranks works through a step; see check_split."""
+        share = self.batch_size // n_ranks
+        return share // min(self.micro_batch or share, share)
+
+    @property
+    def never_trained(self) -> str:
+        """What is frozen in every stage, as --frozen says it."""
+        always = [part for part in PARTS if all(part in f.split("+") for f in self.frozen)]
+        return "+".join(always) or "none"
+
     def stage_steps(self, stage: int) -> int:
+        """Optimizer steps of a stage, once its --epochs have been turned into --steps."""
         return min(self.steps[stage], self.max_steps or self.steps[stage])
-
-
-TINY = ModelConfig(
-    # Nine patches, one for each place of the drawn world: from 64, kinds are learned more slowly. A
-    # class token learned which places are taken and no more; the patches know the rest (LOG.md).
-    vision=VisionConfig(image_size=60, patch_size=20, dim=128, n_layers=3, n_heads=4, head_dim=32,
-                        hidden_dim=512, activation="gelu", embed_dim=128, pool="mean"),
-    decoder=DecoderConfig(vocab_size=1000, dim=128, n_layers=4, n_heads=8, n_kv_heads=8,
-                          head_dim=16, hidden_dim=384, max_seq_len=1024, cross_attn_every=2,
-                          visible_images="all", max_images=8),
-    contrastive_dim=128,
-)
-
-PRESETS: dict[str, dict] = {
-    # model: a ModelConfig; the rest: fields of TrainConfig. tiny's gates start open, for there is
-    # no trained language model to protect, and a gate at 0 learns nothing until it has moved.
-    "tiny": dict(model=TINY, gate_start=0.7, gate_lr_scale=20.0),
-}
 
 
 # --------------------------------------------------------------------------------- command line
@@ -196,6 +221,12 @@ def pick_device(name: str, local: int = 0) -> torch.device:
     return torch.device(name, local) if name == "cuda" else torch.device(name)
 
 
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr and exit code 2, without the usage block."""
 
@@ -227,9 +258,45 @@ def run_main(main: typing.Callable[[], None]) -> None:
         raise SystemExit(1) from None
 
 
+def check_split(config: TrainConfig, n_ranks: int) -> None:
+    """A step's samples must divide evenly over ranks, and a rank's into micro-batches.
+
+    UserError names the nearest combinations that do.
+    """
+    batch, micro = config.batch_size, config.micro_batch
+    if batch % n_ranks:
+        near = nearest(n_ranks, [n for n in range(1, batch + 1) if batch % n == 0])
+        lower = batch // n_ranks * n_ranks
+        sizes = " or ".join(str(n) for n in (lower, lower + n_ranks) if n)
+        raise UserError(f"--batch-size {batch} does not divide into {n_ranks} processes; use "
+                        f"{near} processes, or --batch-size {sizes}")
+    share = batch // n_ranks
+    if micro and share % min(micro, share):
+        near = nearest(micro, [n for n in range(1, share + 1) if share % n == 0])
+        raise UserError(f"--batch-size {batch} on {n_ranks} processes is {share} samples each, "
+                        f"which --micro-batch {micro} does not divide; use --micro-batch {near}")
+
+
+def check_groups(config: TrainConfig, n_ranks: int) -> None:
+    """UserError unless --replicate makes groups of equal size."""
+    if config.replicate and n_ranks % config.replicate:
+        near = nearest(config.replicate, [n for n in range(1, n_ranks + 1) if n_ranks % n == 0])
+        raise UserError(f"--replicate {config.replicate} does not divide {n_ranks} processes; use "
+                        f"{near}")
+
+
+def nearest(n: int, allowed: list[int]) -> str:
+    """The allowed numbers next to n, on both sides."""
+    return " or ".join(str(m) for m in (max((a for a in allowed if a < n), default=0),
+                                        min((a for a in allowed if a > n), default=0)) if m)
+
+
 # What may differ when a run goes on; anything else would make it another run.
+# Where data and frozen weights are found may differ too, for what they hold is compared.
 MAY_CHANGE = ("resume", "device", "backend", "workers", "eval_every", "eval_questions",
-              "exam_questions", "checkpoint_every", "keep", "max_bad")
+              "exam_questions", "checkpoint_every", "keep", "max_bad", "micro_batch", "data", "val",
+              "init", "vision", "lm", "shard", "replicate", "reshard", "prefetch", "recompute",
+              "compile", "timeout")
 
 
 def resumed(given: dict) -> TrainConfig:
@@ -244,14 +311,14 @@ def resumed(given: dict) -> TrainConfig:
         raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
     if not isinstance(before, dict) or "stages" not in before:
         raise UserError(f"--resume {folder}: is no run folder (its config.json is none of a run's)")
-    for name in ("data", "val"):
-        if name in given:
-            given[name] = tuple(str(Spec.of(text).absolute()) for text in given[name])
-    for name, value in given.items():
-        value = list(value) if isinstance(value, tuple) else value
-        if name not in MAY_CHANGE and value != before.get(name):
-            raise UserError(f"{flag(name)} is {value} here, but {before.get(name)} in {folder}: a "
-                            f"resumed run keeps it; leave the flag out, or start a new run")
+    given |= absolute_paths(given)
+    listed = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
+    differing = [f"{flag(name)} is {value} here, but {before.get(name)} in {folder}"
+                 for name, value in listed.items()
+                 if name not in MAY_CHANGE and value != before.get(name)]
+    if differing:
+        raise UserError(f"{'; '.join(differing)}: a resumed run keeps what it began with; leave "
+                        f"that out, or start a new run")
     fields = before | {name: given[name] for name in MAY_CHANGE if name in given}
     try:
         return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
@@ -277,19 +344,44 @@ def parse(argv: list[str]) -> TrainConfig:
     if given.get("resume", "auto") != "auto":
         return resumed(given)
     automatic = given.pop("resume", None)
-    preset = given.get("preset", "tiny")
-    if preset not in PRESETS:
-        parser.error(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    fields = {k: v for k, v in PRESETS[preset].items() if k != "model"}
-    if given.get("data"):
-        fields |= OWN_DATA
     try:
-        config = TrainConfig(**(fields | given))
+        config = TrainConfig(**recipe(given) | given)
     except ValueError as error:
         parser.error(str(error))
     if automatic and (config.run_folder / "config.json").is_file():
         return resumed(given | {"resume": str(config.run_folder)})
     return config
+
+
+def recipe(given: dict) -> dict:
+    """What a preset says of the fields that are not given. ValueError if it says nothing."""
+    preset, stage = given.get("preset", "tiny"), given.get("stage", 0)
+    n_stages = len(PRESETS[preset]["stages"])
+    if stage > n_stages:
+        raise ValueError(f"--stage {stage}: {preset} has stages 1 to {n_stages}")
+    fields = preset_fields(preset, stage, max(given.get("shrink", 1), 1))
+    if given.get("data") and preset == "tiny":
+        fields |= OWN_DATA
+    elif given.get("data") and len(fields["stages"]) > 1 and "stages" not in given:
+        raise ValueError(f"each stage of {preset} has data of its own: choose --stage 1 to "
+                         f"{n_stages}")
+    if "steps" in given and "epochs" not in given:
+        fields["epochs"] = (0.0,) * len(given["steps"])
+    if "stages" in given:
+        n = len(given["stages"])
+        fields |= {name: (fields[name] + n * fields[name][-1:])[:n] for name in PER_STAGE}
+    if preset != "tiny" and given.get("shrink", 1) == 1 and not {"init", "vision"} & given.keys():
+        raise ValueError(f"{preset} starts from published weights: give --vision CLIP and --lm "
+                         f"LLAMA, or --init FOLDER (none: from nothing)")
+    return fields
+
+
+def absolute_paths(fields: dict) -> dict:
+    """Those fields that name files, such that they hold wherever a run is resumed from."""
+    found = {name: tuple(str(Spec.of(text).absolute()) for text in fields[name])
+             for name in ("data", "val") if name in fields}
+    return found | {name: os.path.abspath(fields[name]) for name in ("init", "vision", "lm")
+                    if fields.get(name, "none") not in ("", "none")}
 
 
 def help_of(f: dataclasses.Field) -> str:
@@ -300,6 +392,6 @@ def help_of(f: dataclasses.Field) -> str:
 
 # One's own data, by default a folder of captioned pictures: one stage, all trained, few steps.
 OWN_DATA = dict(
-    stages=("data",), steps=(300,), lr=(1e-3,), min_lr=(1e-4,), warmup_steps=(20,),
-    frozen=("none",), batch_size=12, eval_every=100,
+    stages=("data",), steps=(300,), epochs=(0.0,), lr=(1e-3,), min_lr=(1e-4,), warmup_steps=(20,),
+    warmup_share=(0.2,), frozen=("none",), batch_size=12, eval_every=100,
 )

@@ -44,7 +44,7 @@ from kernels import IGNORE, AttentionHints, attention_hints
 from records import BadRecord, hash_of
 from tally import Origin
 from tokenizer import Tokenizer
-from vision import PictureError, open_image, preprocess
+from vision import NO_PICTURE, PictureError, open_image, preprocess
 
 # ------------------------------------------------------------------------------- one document
 
@@ -107,7 +107,8 @@ class Batch:
     text_hints: AttentionHints
     image_hints: AttentionHints
     ret_image: Tensor  # (R,) int64, the row of `images` that the <ret> of ret_token asks for
-    image_key: Tensor  # (U,) int64, equal for equal pictures: none is its twin's negative
+    image_key: Tensor  # (U,) int64, equal for equal pictures: none is its twin's negative, nor is
+    # NO_PICTURE, the grey one of a batch without pictures, anybody's
     n_rets: int  # how many of the R are real: without any, one stands in for FSDP's sake
     n_samples: int
     jitter: Tensor | None = None  # (U, 3) factors, see augment.py
@@ -205,7 +206,7 @@ def collate(
             image_index += range(len(document.images))
             rets += [(offset + place, number(reference)) for place, reference in document.rets]
             offset += n
-    if not images:
+    if stands_in := not images:
         images.append(np.full((image_size, image_size, 3), 127, np.uint8))
     if not shown:
         shown, image_index = [0], [0]
@@ -230,8 +231,9 @@ def collate(
         text_hints=attention_hints(text_start, np.arange(offset) + 1),
         image_hints=attention_hints(start * tokens_per_image, end * tokens_per_image),
         ret_image=torch.tensor(ret_image),
-        image_key=torch.tensor([getattr(image, "key", None) or zlib.crc32(rows.numpy().tobytes())
-                                for image, rows in zip(images, pictures, strict=True)]),
+        image_key=torch.tensor([NO_PICTURE] if stands_in else [
+            getattr(image, "key", None) or zlib.crc32(rows.numpy().tobytes())
+            for image, rows in zip(images, pictures, strict=True)]),
         n_rets=n_rets,
         n_samples=n_samples,
         jitter=factors if bool((factors != 1).any()) else None,

@@ -303,15 +303,19 @@ class VisionLanguageModel(nn.Module):
             pooled_dim = image_dim if config.resampler else config.vision.pooled_dim
             self.contrastive = ContrastiveHead(c.dim, pooled_dim, config.contrastive_dim)
 
-    def forward(self, batch: Batch) -> Output:
-        """One micro-batch of training: the summed token loss and the contrastive features."""
+    def forward(self, batch: Batch, features_only: bool = False) -> Output:
+        """One micro-batch of training: the summed token loss and the contrastive features.
+
+        features_only: without the token loss, which is then 0.
+        """
         pictures, pooled = self.encode_images(batch)
         text_end = torch.arange(1, len(batch.tokens) + 1, device=batch.tokens.device)
         text = Span(batch.text_start, text_end.int(), batch.text_hints)
         hidden = self.decode(batch.tokens, batch.positions, text, self.image_span(batch), pictures)
-        learned = hidden.index_select(0, batch.target_rows)  # (L, C)
-        targets = batch.targets.index_select(0, batch.target_rows)
-        token_loss, _ = linear_cross_entropy(learned, self.head, targets, self.special_head)
+        rows = batch.target_rows[:0] if features_only else batch.target_rows  # (L,)
+        targets = batch.targets.index_select(0, rows)
+        token_loss, _ = linear_cross_entropy(hidden.index_select(0, rows), self.head, targets,
+                                             self.special_head)
         if not self.config.contrastive_dim:
             nothing = token_loss.new_zeros(0, 1)
             return Output(token_loss, nothing, nothing, token_loss.new_ones(()))
@@ -355,6 +359,13 @@ class VisionLanguageModel(nn.Module):
                 x = cross(x, pictures, seen, sees, cached)
             x = block(x, rope, text, partial(cache.append, i) if cache else None)
         return self.norm(x)
+
+    @torch.no_grad()
+    def cap_temperature(self) -> None:
+        """After an optimizer step: the scale is at most 100, and not beyond where it is clamped and
+        would get no gradient to come back (CLIP, section 2.5)."""
+        if self.config.contrastive_dim:
+            self.contrastive.logit_scale.clamp_(max=ContrastiveHead.MAX_LOGIT_SCALE)
 
     def image_span(self, batch: Batch) -> Span:
         """Intervals in pictures -> intervals in picture tokens."""

@@ -4,24 +4,36 @@ What is computed never depends on how many ranks compute it (design law: N ranks
 
     token loss        sum over all targets of the global batch / their number. The number is
                       known before the first forward: one all-reduce of a few counts a step.
-    contrastive loss  every rank sees the features of all ranks. Its own carry gradients, the
-                      others' are constants; each rank's gradient is then exactly its own share,
-                      and the sum over ranks is the gradient of the whole.
+    contrastive loss  every rank scores its own <ret>s and pictures against those of all ranks,
+                      and the gradients that these owe to the others are summed by an all-reduce.
 
 FSDP *averages* gradients over ranks, so each rank's loss is multiplied by their number.
 """
 
+import contextlib
 import math
 import os
+import re
+import sys
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from model import Output, VisionLanguageModel
+from vision import NO_PICTURE
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,8 @@ class Ranks:
 
     rank: int
     size: int
-    local: int
+    local: int  # its number on its machine
+    n_local: int  # processes on its machine
 
     @property
     def is_first(self) -> bool:
@@ -43,19 +56,37 @@ class Ranks:
 
 
 def this_rank() -> Ranks:
-    keys = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    keys = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     return Ranks(*(int(os.environ.get(key, default)) for key, default in keys))
 
 
-def start_group(ranks: Ranks, device: torch.device) -> None:
-    """Join the other ranks; a lone process makes a group of its own."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
+def start_group(ranks: Ranks, device: torch.device, timeout: float = 600.0) -> None:
+    """Join the other ranks; a lone process makes a group of its own.
+
+    timeout: seconds that a rank waits for the others before it gives up.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if ranks.size > 1:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if ranks.size == 1 else {}
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
+
+
+@contextlib.contextmanager
+def ending_together(ranks: Ranks):
+    """Within it, a rank that waits in vain for another says so in one line, and ends."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = re.search(r"[Tt]imed out|[Cc]onnection (closed|reset|refused)|Broken pipe|[Gg]loo|"
+                         r"NCCL", str(error))
+        if ranks.size == 1 or not lost:
+            raise
+        sys.stderr.write(f"rank {ranks.rank}: another rank has ended, or has not answered within "
+                         f"--timeout; the run goes on from its last checkpoint by --resume "
+                         f"({str(error).splitlines()[0][:200]})\n")
+        sys.stderr.flush()
+        os._exit(1)  # its own group cannot be closed, since the others are gone
 
 
 def stop_group() -> None:
@@ -63,29 +94,102 @@ def stop_group() -> None:
         dist.destroy_process_group()
 
 
-def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device | None = None
-          ) -> None:
+# --------------------------------------------------------------------------------------- sharding
+
+
+def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device | None = None,
+          *, only_trained: bool = False, reshard: bool = True, replicate: int = 1,
+          prefetch: int = 0) -> None:
     """FSDP2 in place: one group per block, the rest in the root; fp32 masters and reductions.
+
+    What is frozen by now is frozen for good: it is kept in `dtype`, and with only_trained whole on
+    every rank, where nothing has to be gathered for it. reshard: a block's gathered weights are let
+    go of after its forward pass and gathered again for the backward one. replicate: so many groups
+    of ranks that each hold all of the model (HSDP): gathering stays within a group, only gradients
+    cross. prefetch: so many blocks are gathered ahead of the one that computes.
 
     Every rank copies its own rows to `device` (by default where the model is), and touches no
     others: of weights that are mapped from files it reads only these.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     weights = {name: p.detach() for name, p in model.named_parameters()}
     device = device or model.embed.device
     model.to("meta", torch.float32)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    for parameter in frozen:
+        parameter.data = parameter.data.to(dtype)
+    names = ("replicate", "shard") if replicate > 1 else ("shard",)
+    sizes = (replicate, world_size() // replicate) if replicate > 1 else (world_size(),)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in (*model.vision.blocks, *model.cross_blocks.values(), *model.blocks):
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    ignored = frozen if only_trained else set()
+    groups = [b for b in in_order(model) if any(p not in ignored for p in b.parameters())]
+    for group in groups:
+        fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard,
+                    ignored_params=ignored)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    for i, group in enumerate(groups[:-1] if prefetch else ()):
+        group.set_modules_to_forward_prefetch(groups[i + 1 : i + 1 + prefetch])
     model.to_empty(device=device)
+    part, n_parts = mesh.get_local_rank("shard"), sizes[-1]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            own = parameter.to_local()
-            rows = weights[name].chunk(dist.get_world_size())  # as FSDP2 cuts: into equal parts,
-            if own.numel():  # the last ones shorter, or nothing
-                own.copy_(rows[dist.get_rank()])
+            weight = weights[name]
+            if hasattr(parameter, "to_local"):  # cut into equal parts, the last ones shorter
+                parameter = parameter.to_local()
+                weight = weight.chunk(n_parts)[part] if parameter.numel() else parameter
+            if not weight.is_meta:  # else a checkpoint is about to fill it
+                parameter.copy_(weight)
+
+
+def place(model: VisionLanguageModel, device: torch.device) -> None:
+    """A whole model on one device, in fp32, in place; what has no memory yet gets some."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            new = (torch.empty_like(parameter, device=device) if parameter.is_meta
+                   else parameter.detach().to(device, torch.float32))
+            setattr(module, name, nn.Parameter(new, parameter.requires_grad))
+
+
+def in_order(model: VisionLanguageModel) -> list[nn.Module]:
+    """All blocks, in the order in which a forward pass runs them."""
+    text = [block for i, own in enumerate(model.blocks)
+            for block in (model.cross_blocks[str(i)] if str(i) in model.cross_blocks else None, own)
+            if block is not None]
+    resampler = model.resampler.blocks if model.config.resampler else ()
+    return [*model.vision.blocks, *resampler, *text]
+
+
+def recompute(model: VisionLanguageModel, which: str) -> None:
+    """Keep less of the forward pass, in place: the backward pass computes it again.
+
+    "full": of every block only what goes into it is kept; "selective": what comes out of attention,
+    too. Blocks that nothing is trained in or below never keep anything.
+    """
+    for block in in_order(model) if which != "none" else ():
+        options = {"context_fn": keep_attention} if which == "selective" else {}
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+
+
+def keep_attention() -> tuple:
+    """For torch.utils.checkpoint: attention's outputs are kept, all else is computed again."""
+    def policy(context, op, *arguments, **options) -> CheckpointPolicy:
+        kept = "attention" in op.name()
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def compile_blocks(model: VisionLanguageModel) -> None:
+    """torch.compile for every block, in place; a wrapper would pass FSDP's hooks by."""
+    for block in in_order(model):
+        block.compile(dynamic=True)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather_objects(value: object) -> list:
@@ -117,53 +221,89 @@ def all_sum(values: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ contrastive loss
 
 
-def gather_rows(x: Tensor, counts: list[int]) -> Tensor:
-    """x (n, E) of every rank, end to end: (sum of counts, E). Only our own rows carry gradients."""
-    padded = F.pad(x.detach(), (0, 0, 0, max(counts) - x.shape[0])).contiguous()
+class Pull(NamedTuple):
+    """What the contrastive loss wants of one micro-batch: gradients of its features."""
+
+    text: Tensor  # (R, E)
+    image: Tensor  # (U, E)
+    scale: Tensor  # 0-d, of this rank's share
+
+
+def contrastive(outs: list[Output], batches: list) -> tuple[Tensor, Tensor, list[Pull]]:
+    """The contrastive loss of some micro-batches of every rank as one pool, and its gradients.
+
+    Gradients go to features, not yet to weights: the caller may have computed the features without
+    a graph, and compute them again micro-batch by micro-batch (Gao et al. 2021, GradCache). So a
+    pool can be as large as the batch. Returns the summed loss and how many <ret>s chose right, over
+    all ranks, and the pull on each micro-batch.
+    """
+    n_text, n_image = [len(o.ret_features) for o in outs], [len(o.image_features) for o in outs]
+    offsets = [0, *accumulate(n_image)]
+    target = torch.cat([b.ret_image + n for b, n in zip(batches, offsets[:-1], strict=True)])
+    real = torch.cat([torch.arange(n, device=target.device) < b.n_rets
+                      for b, n in zip(batches, n_text, strict=True)])
+    loss, right, text, image, scale = info_nce(
+        torch.cat([out.ret_features for out in outs]),
+        torch.cat([out.image_features for out in outs]), outs[0].logit_scale, target,
+        torch.cat([batch.image_key for batch in batches]), real)
+    parts = zip(text.split(n_text), image.split(n_image), strict=True)
+    return loss, right, [Pull(*part, scale / len(outs)) for part in parts]
+
+
+def info_nce(text: Tensor, image: Tensor, scale: Tensor, target: Tensor, key: Tensor, real: Tensor
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Symmetric InfoNCE over the features of all ranks (van den Oord 2018; CLIP, section 2.3).
+
+    text (R, E), image (U, E) of this rank; target (R,) the row of the picture that each <ret> asks
+    for; key (U,) equal for equal pictures; real (R,) false for the stand-in of a batch without any
+    <ret>, which weighs nothing and still runs everywhere.
+
+    Every real <ret> chooses among all pictures but the twins of its own; every picture that some
+    <ret> asks for chooses among all of these, but for those that ask for its twins. Each rank
+    scores its own <ret>s against everybody's features, in memory R x U of all, and sends back what
+    they owe to those.
+
+    Returns the summed loss (both directions halved) and how many chose right, of all ranks, and the
+    gradients of text, image and scale: of the first two whole, of the scale this rank's share.
+    """
+    first_text, texts = gather_rows(text.detach())
+    first_image, images = gather_rows(image.detach())
+    mine = slice(first_text, first_text + len(text))
+    keys = gather_rows(key[:, None])[1][:, 0]
+    asked, is_real = gather_rows(torch.stack([target + first_image, real.long()], 1))[1].T
+    own, rows = keys[asked], torch.arange(mine.start, mine.stop, device=text.device)
+    weight = real.float()
+    with torch.enable_grad():
+        leaves = [texts.requires_grad_(), images.requires_grad_(), scale.detach().requires_grad_()]
+        texts, images, scale = leaves
+        barred = (own[mine, None] == keys) | (keys == NO_PICTURE)  # (R, U of all)
+        barred = barred.scatter(1, asked[mine, None], False)
+        logits = (scale * texts[mine] @ images.T).masked_fill(barred, -math.inf)
+        by_text = F.cross_entropy(logits, asked[mine], reduction="none")
+        barred = (own[mine, None] == own) | (is_real == 0)  # (R, R of all)
+        barred = barred.scatter(1, rows[:, None], False)
+        columns = (scale * images[asked[mine]] @ texts.T).masked_fill(barred, -math.inf)
+        by_image = F.cross_entropy(columns, rows, reduction="none")
+        loss = ((by_text + by_image) * weight).sum() / 2
+        text_grad, image_grad, scale_grad = torch.autograd.grad(loss, leaves)
+    right = ((logits.argmax(1) == asked[mine]) * weight).sum()
+    loss, right = all_sum(torch.stack([loss.detach(), right]))
+    return (loss, right, all_sum(text_grad)[mine],
+            all_sum(image_grad)[first_image : first_image + len(image)], scale_grad)
+
+
+def gather_rows(x: Tensor) -> tuple[int, Tensor]:
+    """x (n, E) of every rank, end to end, and where our own rows begin. No gradient passes."""
+    if not dist.is_initialized():
+        return 0, x.clone()
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    counts = torch.cat(counts).tolist()
+    padded = F.pad(x, (0, 0, 0, max(counts) - len(x))).contiguous()
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    parts = [part[:n] for part, n in zip(parts, counts, strict=True)]
-    parts[dist.get_rank()] = x
-    return torch.cat(parts)
-
-
-def contrastive_loss(out: Output, ret_image: Tensor, image_key: Tensor, n_rets: int
-                     ) -> tuple[Tensor, Tensor]:
-    """Symmetric InfoNCE over the micro-batches of all ranks (van den Oord 2018; CLIP, section 2.3).
-
-    ret_image (R,) the row of the picture that each <ret> asks for, image_key (U,) equal for equal
-    pictures. Every real <ret> chooses among all pictures but the twins of its own; every picture
-    that some <ret> asks for chooses among all of these, but for those that ask for its twins.
-    Returns the summed loss (both directions halved) and how many chose right, both 0-d. The one
-    stand-in of a micro-batch without any <ret> gets weight 0, and still runs everywhere.
-    """
-    text, image, scale = out.ret_features, out.image_features, out.logit_scale
-    real = torch.arange(len(text), device=text.device) < n_rets
-    target = ret_image
-    if dist.is_initialized():
-        size = dist.get_world_size()
-        counts = torch.zeros(size, 2, dtype=torch.int64, device=text.device)
-        counts[dist.get_rank()] = torch.tensor([len(text), len(image)], device=text.device)
-        n_text, n_image = all_sum(counts).T.tolist()
-        target = target + sum(n_image[: dist.get_rank()])
-        extra = torch.stack([target, real.long()], 1).double()
-        target, real = gather_rows(extra, n_text).long().T
-        text, image = gather_rows(text, n_text), gather_rows(image, n_image)
-        image_key = gather_rows(image_key[:, None].double(), n_image)[:, 0]
-        scale = scale / size + scale.detach() * (1 - 1 / size)  # every rank holds all of the loss
-    own = image_key[target]  # (R,)
-    row, real = torch.arange(len(text), device=text.device), real.float()
-    logits = scale * text @ image.T  # (R, U)
-    columns = logits[:, target].T  # (R, R): row r is the picture asked for by r, over all <ret>s
-    twin = (own[:, None] == image_key).index_put((row, target), torch.zeros_like(real) > 0)
-    logits = logits.masked_fill(twin, float("-inf"))
-    by_text = F.cross_entropy(logits, target, reduction="none")
-    twin = (own[:, None] == own).fill_diagonal_(False)
-    columns = columns.masked_fill(twin | (real[None] == 0), float("-inf"))
-    columns = columns.where(real[:, None] > 0, 0.0)
-    by_image = F.cross_entropy(columns, row, reduction="none")
-    right = ((logits.argmax(1) == target) * real).sum()
-    return ((by_text + by_image) * real).sum() / 2, right
+    return (sum(counts[: dist.get_rank()]),
+            torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]))
 
 
 # ------------------------------------------------------------------------------ one training step
@@ -180,42 +320,56 @@ class StepResult:
     n_tokens: int
     n_samples: int
     n_targets: int
+    skipped: bool  # nothing was changed: the gradient is not finite
     data: int  # a number for which samples these were, in whatever order
 
 
-def losses(model: nn.Module, batches: list, contrastive_weight: float, backward: bool
-           ) -> tuple[list[float], list[int]]:
+def losses(model: nn.Module, batches: list, contrastive_weight: float, backward: bool,
+           pool: str = "micro", keep: bool = False) -> tuple[list[float], list[int]]:
     """Forward (and backward) of this rank's micro-batches of one step.
+
+    pool: whose pictures and <ret>s are negatives, those of one "micro" batch of all ranks, or of
+    the "global" batch, whose features are then computed twice. keep: gathered weights stay from one
+    micro-batch to the next. Gradients are reduced over ranks once a step.
 
     Returns [token loss, contrastive loss, share of <ret>s that chose right], means over the global
     batch, and [targets, <ret>s, tokens, samples, data], its counts.
     """
-    device = batches[0].tokens.device
-    size = dist.get_world_size() if dist.is_initialized() else 1
+    device, size = batches[0].tokens.device, world_size()
     counts = all_sum(torch.tensor([[len(b.target_rows), b.n_rets, len(b.tokens), b.n_samples,
                                     b.data_hash] for b in batches], device=device).sum(0)).tolist()
     n_targets, n_rets = max(counts[0], 1), max(counts[1], 1)
-    total = torch.zeros(3, device=device)
+    attracts = model.config.contrastive_dim > 0 and counts[1] > 0
+    token_loss, chosen, pulls = torch.zeros(1, device=device), torch.zeros(2, device=device), []
+    if attracts and pool == "global" and len(batches) > 1:
+        with torch.no_grad():
+            outs = [model(batch, features_only=True) for batch in batches]
+        *chosen, pulls = contrastive(outs, batches)
     for i, batch in enumerate(batches):
-        if backward and size > 1:
-            model.set_requires_gradient_sync(i == len(batches) - 1)
+        if backward and hasattr(model, "set_requires_gradient_sync"):
+            last = i == len(batches) - 1
+            model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last or not keep)
         out = model(batch)
-        loss = out.token_loss / n_targets
-        total[0] += loss.detach()
-        if len(out.ret_features) and counts[1]:
-            pulled, right = contrastive_loss(out, batch.ret_image, batch.image_key, batch.n_rets)
-            loss = loss + contrastive_weight * pulled / n_rets
-            total[1] += pulled.detach() / n_rets / size
-            total[2] += right / n_rets / size
+        token_loss += out.token_loss.detach() / n_targets
+        tensors, gradients = [out.token_loss], [torch.full_like(out.token_loss, size / n_targets)]
+        if attracts:
+            if len(pulls) <= i:
+                *of_batch, pull = contrastive([out], [batch])
+                chosen, pulls = [a + b for a, b in zip(chosen, of_batch, strict=True)], pulls + pull
+            tensors += out[1:]
+            gradients += [size * contrastive_weight / n_rets * pull for pull in pulls[i]]
         if backward:
-            (loss * size).backward()
-    return all_sum(total).tolist(), counts
+            torch.autograd.backward(tensors, gradients)
+    means = [all_sum(token_loss)[0], chosen[0] / n_rets, chosen[1] / n_rets]
+    return torch.stack(means).tolist(), counts
 
 
-def train_step(model, optimizer, batches: list, *, contrastive_weight: float,
-               grad_clip: float) -> StepResult:
+def train_step(model, optimizer, batches: list, *, contrastive_weight: float, grad_clip: float,
+               pool: str = "micro", keep: bool = False) -> StepResult:
     """One optimizer step over all ranks; a step whose gradient is not finite changes nothing."""
-    means, counts = losses(model, batches, contrastive_weight, backward=True)
+    means, counts = losses(model, batches, contrastive_weight, backward=True, pool=pool,
+                           keep=keep)
     for p in model.parameters():  # a checkpoint needs a state of each, also if no <ret> came yet
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -223,5 +377,7 @@ def train_step(model, optimizer, batches: list, *, contrastive_weight: float,
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if math.isfinite(norm):
         optimizer.step()
+        model.cap_temperature()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(*means, norm, counts[2], counts[3], counts[0], counts[4] % 2**32)
+    return StepResult(*means, norm, counts[2], counts[3], counts[0],
+                      not math.isfinite(norm), counts[4] % 2**32)

@@ -9,16 +9,23 @@
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint import latest_checkpoint, read_state
-from config import TrainConfig, UserError, input_errors
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from checkpoint import newest_good, read_state
+from config import TrainConfig, UserError, absolute_paths, input_errors
 from model import VisionLanguageModel
-from sources import Spec
+from optim import freeze
+from start import initial_model, start_files
 from tokenizer import Tokenizer
-from weights import read_config, read_tokenizer
+from weights import read_config, read_tokenizer, shapes
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -45,36 +52,88 @@ def write_choices(config: TrainConfig, out: Path, model: VisionLanguageModel,
         tokenizer.save(out / "tokenizer.model")
     (out / "model.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
     (out / "log.jsonl").write_text("")  # nothing counts that was logged before any checkpoint
-    data, val = (tuple(str(Spec.of(text).absolute()) for text in texts)
-                 for texts in (config.data, config.val))
-    config = dataclasses.replace(config, data=data, val=val)  # may be resumed from elsewhere
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    fields = dataclasses.asdict(config)
+    fields |= absolute_paths(fields)  # may be resumed from elsewhere
+    (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def stopped_at(config: TrainConfig, fingerprint: int) -> tuple[Path | None, dict]:
-    """The resumed run's newest checkpoint and where the run stood then; (None, {}): at its start.
+@dataclass
+class Stopped:
+    """Where a resumed run stood: its newest good checkpoint, and what was found on the way."""
 
-    A run that was stopped before its first checkpoint begins again. UserError if the data is
-    other data now (see sources.DataSets): the order of the samples would be another, too.
+    checkpoint: Path | None = None  # none: at its start
+    state: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def stopped_at(config: TrainConfig, fingerprint: int) -> Stopped:
+    """Where the run that --resume names goes on; without it, or before a checkpoint, at its start.
+
+    UserError if the data is other data now (see sources.DataSets): the order of the samples would
+    be another, too.
     """
-    checkpoint = latest_checkpoint(Path(config.resume)) if config.resume else None
-    if not checkpoint:
-        return None, {}
+    if not config.resume:
+        return Stopped()
     with input_errors():
+        checkpoint, notes = newest_good(Path(config.resume))
+        if not checkpoint:
+            return Stopped()
         state = read_state(checkpoint, {"stage": int, "step": int, "data": int, "seconds": float,
-                                        "log_size": int, "tally": dict})
+                                        "log_size": int, "tally": dict, "frozen": dict})
     if state["data"] != fingerprint:
         raise UserError(f"--resume {config.resume}: {' '.join(config.data)} no longer holds the "
                         f"pictures and captions that the run began with; put them back, or start "
                         f"a new run")
-    return checkpoint, state
+    return Stopped(checkpoint, state, [f"{note}; going on from the one before" for note in notes])
 
 
-def empty_model(out: Path) -> tuple[VisionLanguageModel, Tokenizer]:
-    """The run folder's model without its weights, which the checkpoint holds, and its tokenizer."""
+def resumed_model(out: Path, config: TrainConfig, frozen: dict
+                  ) -> tuple[VisionLanguageModel, Tokenizer]:
+    """The run folder's model and tokenizer. Its weights are in the checkpoint, and still without
+    memory here, but for those that no checkpoint holds: they are read where they were read before.
+
+    frozen: of the checkpoint, as `left_out` gave it. UserError if their files have changed.
+    """
     with input_errors():
-        config = read_config(out / "model.json")
-        return VisionLanguageModel(config), read_tokenizer(out / "tokenizer.model", config)
+        model_config = read_config(out / "model.json")
+        tokenizer = read_tokenizer(out / "tokenizer.model", model_config)
+    model = shapes(model_config)
+    freeze(model, config.never_trained)
+    if frozen["names"]:
+        state = initial_model(config)[0].state_dict()
+        for name in frozen["names"]:
+            place, _, last = name.rpartition(".")
+            parameter = nn.Parameter(state[name], requires_grad=False)
+            setattr(model.get_submodule(place), last, parameter)
+        found = fingerprint({name: state[name] for name in frozen["names"]})
+        if found != frozen["fingerprint"]:
+            raise UserError(f"{' and '.join(start_files(config))}: not the weights that the run "
+                            f"began with, and its checkpoints do not hold those that are frozen; "
+                            f"say where they are by --vision and --lm, or --init")
+    return model, tokenizer
+
+
+def left_out(config: TrainConfig, model: VisionLanguageModel) -> dict:
+    """The parameters that no checkpoint has to hold: never trained, and in files of their own.
+
+    Those that are frozen by now are never trained.
+    """
+    names = [name for name, p in model.named_parameters() if not p.requires_grad
+             and name.split(".")[0] in ("vision", "blocks", "norm", "embed", "head")]
+    names = names if start_files(config) else []
+    return {"names": names, "files": start_files(config),
+            "fingerprint": fingerprint({name: model.get_parameter(name) for name in names})}
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """Of names, shapes, and both ends of each tensor: reads little of what may be 14 GB."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in state.items():
+        ends = torch.cat([tensor.detach().flatten()[part].cpu() for part in
+                          (slice(512), slice(-512, None))])
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(ends.contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def forget_later_lines(log: Path, size: int) -> None:

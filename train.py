@@ -12,10 +12,8 @@ parts they are made of come behind. A stage has its own data, learning rate and 
 learns captions first (everything trained), then conversations (the ViT frozen).
 """
 
-import contextlib
 import dataclasses
 import json
-import math
 import signal
 import sys
 import threading
@@ -26,25 +24,37 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 import eval
 import world
 from augment import Augment
-from checkpoint import load_checkpoint, mark_best, save_checkpoint
-from config import PRESETS, TrainConfig, UserError, input_errors, parse, pick_device, run_main
-from data import Batch, ahead, example_pictures, loader, sample_numbers
-from drawn import DrawnWorld
-from formats import Text
+from checkpoint import Saver, latest_checkpoint, load_checkpoint, mark_best
+from config import (
+    TrainConfig,
+    UserError,
+    check_groups,
+    check_split,
+    input_errors,
+    parse,
+    pick_device,
+    pick_dtype,
+    run_main,
+)
+from data import Batch, ahead, loader, sample_numbers
 from kernels import backend_for, set_backend
-from model import ModelConfig, VisionLanguageModel
+from model import VisionLanguageModel
+from optim import freeze, learning_rate, make_optimizer
 from parallel import (
     Ranks,
     all_sum,
+    compile_blocks,
+    ending_together,
     full_state,
     gather_objects,
     losses,
+    place,
+    recompute,
     shard,
     start_group,
     stop_group,
@@ -53,15 +63,23 @@ from parallel import (
     whole,
 )
 from plan import peak_flops, step_flops
-from records import BadRecord
-from runs import empty_model, forget_later_lines, run_folder, stopped_at, write_choices
-from sources import DataSets, Stream
+from runs import (
+    Stopped,
+    forget_later_lines,
+    left_out,
+    resumed_model,
+    run_folder,
+    stopped_at,
+    write_choices,
+)
+from sources import DataSets
+from start import initial_model, new_model, open_data, source, with_steps
 from tally import Tally
-from tokenizer import Tokenizer, train_tokenizer
-from weights import BUILT_IN, assemble, load_model, save_model
+from tokenizer import Tokenizer
+from weights import save_model
 
 VAL_SAMPLES = 128  # samples of the validation losses
-WORDS_FROM = 10_000  # samples whose words a tokenizer is trained on
+SKIPPED_AT_MOST = 20  # steps in a row
 TARGET = 0.85  # accuracy whose time is announced
 
 
@@ -80,81 +98,109 @@ class Run:
     tokenizer: Tokenizer
     peak: float  # FLOP/s of all ranks together
     stopping: threading.Event  # set by Ctrl-C
+    frozen: dict  # what no checkpoint has to hold, see runs.left_out
+    saver: Saver
     seconds: float = 0.0  # spent on training and evaluating, earlier sittings included
     reached: float | None = None  # `seconds` when the accuracy first was TARGET
+    skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0
     earlier: Tally = dataclasses.field(default_factory=Tally)  # of all ranks, in earlier sittings
     tally: Tally = dataclasses.field(default_factory=Tally)  # of this rank, in this one
 
 
 def main() -> None:
     config, ranks = parse(sys.argv[1:]), this_rank()
-    check_split(config, ranks)
+    check_split(config, ranks.size)
+    check_groups(config, ranks.size)
     with input_errors():
         set_backend(None if config.backend == "auto" else config.backend)
     device = pick_device(config.device, ranks.local)
     dtype = pick_dtype(config.dtype, device)
-    sharded = ranks.size > 1 or dtype != torch.float32
-    if sharded:
-        start_group(ranks, device)
+    if ranks.size > 1 or dtype != torch.float32:
+        start_group(ranks, device, config.timeout)
+    with ending_together(ranks):
+        run, stopped = set_up(config, ranks, device, dtype)
+        for number in range(stopped.state.get("stage", 0), len(config.stages)):
+            if not train_stage(run, number, stopped):
+                say(run, f"stopped; go on with: python train.py --resume {run.out}")
+                break
+            stopped = Stopped()
+        stop_group()
+
+
+def set_up(config: TrainConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype
+           ) -> tuple[Run, Stopped]:
+    """Everything that a run needs, new or as it was stopped."""
     sets = open_data(config, ranks)
+    config = with_steps(config, sets)
     fingerprint = sets.fingerprint() if sets else 0
-    checkpoint, state = stopped_at(config, fingerprint)
-    initial = None if checkpoint else initial_model(config)
+    stopped = stopped_at(config, fingerprint)
+    state = stopped.state
+    initial = None if stopped.checkpoint else initial_model(config)
     out, stopping = run_folder(config), stop_on_signals()
     ranks.wait()  # for all to have looked before one of them writes
-    if checkpoint:
-        model, tokenizer = empty_model(out)
+    if stopped.checkpoint:
+        model, tokenizer = resumed_model(out, config, state["frozen"])
     else:
         model, tokenizer = initial or new_model(config, out, ranks, sets)
         if ranks.is_first:
             write_choices(config, out, model, tokenizer)
-    if sharded:
-        shard(model.train(), dtype, device)
-    else:
-        model.to(device, torch.float32).train()
+    freeze(model, config.never_trained)
+    frozen = left_out(config, model)
+    distribute(model.train(), config, ranks, device, dtype)
     run = Run(config, out, ranks, device, dtype, sets, fingerprint, model, tokenizer,
-              peak_flops(device, dtype) * ranks.size, stopping, state.get("seconds", 0.0),
-              state.get("reached"), Tally(**state.get("tally", {})))
+              peak_flops(device, dtype) * ranks.size, stopping, frozen,
+              Saver(out, config.keep, frozen["names"]), state.get("seconds", 0.0),
+              state.get("reached"), state.get("skipped", 0),
+              earlier=Tally(**state.get("tally", {})))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(run, f"{millions:.2f} M parameters, {device.type}, {str(dtype)[6:]}, run folder {out}, "
              f"{ranks.size} process{'es' * (ranks.size > 1)}, kernels: {backend_for(model.head)}")
-    for note in sets.notes if sets else ():
+    for note in (*(sets.notes if sets else ()), *stopped.notes):
         say(run, note)
-    for number in range(state.get("stage", 0), len(config.stages)):
-        if not train_stage(run, number, checkpoint, state):
-            say(run, f"stopped; go on with: python train.py --resume {out}")
-            break
-        checkpoint, state = None, {}
-    stop_group()
+    return run, stopped
+
+
+def distribute(model: VisionLanguageModel, c: TrainConfig, ranks: Ranks, device: torch.device,
+               dtype: torch.dtype) -> None:
+    """Put the model where it is trained: whole on one device in fp32, or in shards."""
+    recompute(model, c.recompute)
+    if c.compile == "yes":
+        compile_blocks(model)
+    if ranks.size == 1 and dtype == torch.float32:
+        place(model, device)
+        return
+    only_trained = c.shard == "trained" or c.shard == "auto" and "decoder" in c.never_trained
+    shard(model, dtype, device, only_trained=only_trained, reshard=c.reshard == "yes",
+          replicate=c.replicate or ranks.size // ranks.n_local, prefetch=c.prefetch)
 
 
 # ------------------------------------------------------------------------------------- one stage
 
 
-def train_stage(run: Run, number: int, checkpoint: Path | None, state: dict) -> bool:
+def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
     """Train a stage, from its checkpoint if there is one, then evaluate. False: stopped early."""
     c, name = run.config, run.config.stages[number]
-    n_steps, frozen = c.stage_steps(number), c.frozen[number]
-    first_step = state.get("step", 0)
+    n_steps, n_micro = c.stage_steps(number), c.accumulation(run.ranks.size)
+    frozen, first_step = c.frozen[number], stopped.state.get("step", 0)
     freeze(run.model, frozen)
     optimizer = make_optimizer(run.model, c)
-    if checkpoint:
-        with input_errors():
-            load_checkpoint(checkpoint, run.model, optimizer)
-        if run.ranks.is_first:
-            forget_later_lines(log_path(run), state["log_size"])
+    if stopped.checkpoint:
+        restore(run, stopped, optimizer)
     validation = validation_batches(run, name)
     batches = training_batches(run, name, first_step, n_steps)
     say(run, f"stage {name}: steps {first_step} to {n_steps}, frozen: {frozen}")
     for step in range(first_step, n_steps):
         began = time.perf_counter()
-        micro = [next(batches).to(run.device) for _ in range(c.grad_accum_steps)]
+        micro = [next(batches).to(run.device) for _ in range(n_micro)]
         waited = time.perf_counter() - began
-        lr = learning_rate(step, n_steps, c.lr[number], c.min_lr[number], c.warmup_steps[number])
+        lr = learning_rate(step, n_steps, c.lr[number], c.min_lr[number],
+                           c.warmup_steps[number], c.warmup_share[number])
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         result = train_step(run.model, optimizer, micro, grad_clip=c.grad_clip,
-                            contrastive_weight=c.contrastive_weight)
+                            contrastive_weight=c.contrastive_weight, pool=c.contrastive_pool,
+                            keep=c.reshard == "no")
         seconds = time.perf_counter() - began
         run.seconds += seconds
         n_images = sum(len(b.images) for b in micro) * run.ranks.size
@@ -163,31 +209,73 @@ def train_stage(run: Run, number: int, checkpoint: Path | None, state: dict) -> 
                        "ms": 1000 * seconds, "tokens_per_s": result.n_tokens / seconds,
                        "samples_per_s": result.n_samples / seconds,
                        "mfu": flops / seconds / run.peak, "data_wait": waited / seconds})
+        count_skipped(run, result.skipped)
         done, val_loss = step + 1, None
         if c.eval_every and done % c.eval_every == 0 and done < n_steps:
             val_loss = evaluate(run, name, done, validation)
         stop = asked_to_stop(run)
         if stop or done == n_steps or (c.checkpoint_every and done % c.checkpoint_every == 0):
-            save(run, optimizer, number, done)
-            mark_best(run.out, number, val_loss)
+            save(run, optimizer, number, done, val_loss)
         if stop:
+            with input_errors():
+                run.saver.finish()
             report_samples(run)
             return False
     val_loss = evaluate(run, name, n_steps, validation, final=number + 1 == len(c.stages))
-    mark_best(run.out, number, val_loss)
+    with input_errors():
+        run.saver.finish()
+    if run.ranks.is_first and first_step < n_steps:
+        mark_best(run.out, latest_checkpoint(run.out), number, val_loss)
     report_samples(run)
     return True
 
 
-def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int) -> None:
-    """A checkpoint: weights, moments, and where the run stands. The data's state is the step."""
+def restore(run: Run, stopped: Stopped, optimizer: torch.optim.Optimizer) -> None:
+    """What a checkpoint holds, put back where it was, and said."""
+    with input_errors():
+        load_checkpoint(stopped.checkpoint, run.model, optimizer, run.frozen["names"])
+    state, stage = stopped.state, run.config.stages[stopped.state["stage"]]
+    if run.ranks.is_first:
+        forget_later_lines(log_path(run), state["log_size"])
+    files = " and ".join(run.frozen["files"]) if run.frozen["names"] else ""
+    say(run, f"restored from {stopped.checkpoint.name}: weights, moments of the optimizer, random "
+             f"numbers, schedule and data at step {state['step']} of stage {stage}"
+             + f"; frozen weights as they were, from {files}" * bool(files))
+
+
+def count_skipped(run: Run, skipped: bool) -> None:
+    """UserError after so many steps without a finite gradient that more would not help."""
+    run.skipped += skipped
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
+    if skipped:
+        say(run, f"skipped: the gradient is not finite ({run.skipped} such steps so far)")
+    if run.skipped_in_a_row == SKIPPED_AT_MOST:
+        raise UserError(f"{SKIPPED_AT_MOST} steps in a row without a finite gradient; look at the "
+                        f"data, or go on from a checkpoint before them in a new run with less --lr")
+
+
+def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int,
+         val_loss: float | None) -> None:
+    """Begin a checkpoint: weights, moments, where the run stands. The data's state is the step."""
     c, seen = run.config, tally(run)
-    state = {"stage": stage, "step": step, "data": run.fingerprint,
-             "seconds": run.seconds, "reached": run.reached,
+    state = {"stage": stage, "step": step, "data": run.fingerprint, "frozen": run.frozen,
+             "seconds": run.seconds, "reached": run.reached, "skipped": run.skipped,
              "tally": {"reasons": seen.reasons, "files": seen.files},
              "log_size": log_path(run).stat().st_size if run.ranks.is_first else 0}
     steps_before = sum(c.stage_steps(i) for i in range(stage))
-    save_checkpoint(run.out, steps_before + step, run.model, optimizer, state, c.keep)
+    with input_errors():
+        run.saver.save(steps_before + step, run.model, optimizer, state, val_loss)
+
+
+def asked_to_stop(run: Run) -> bool:
+    """Whether any rank was asked to, all ranks learn it at the same step. UserError if a checkpoint
+    could not be written."""
+    flags = [float(run.stopping.is_set()), float(run.saver.failed)]
+    stop, failed = all_sum(torch.tensor(flags, device=run.device)).tolist()
+    if failed:
+        with input_errors():
+            run.saver.finish()
+    return bool(stop)
 
 
 def tally(run: Run) -> Tally:
@@ -201,32 +289,11 @@ def report_samples(run: Run) -> None:
         say(run, report)
 
 
-def open_data(config: TrainConfig, ranks: Ranks) -> DataSets | None:
-    """The user's own data, if any. One process of each machine makes the indexes, all read them."""
-    if not config.data:
-        return None
-    if ranks.local == 0:
-        with contextlib.suppress(ValueError):  # which all ranks are about to find, too
-            DataSets(config.data, config.val)
-    ranks.wait()
-    with input_errors():
-        return DataSets(config.data, config.val)
-
-
-def source(config: TrainConfig, sets: DataSets | None, stage: str, model: ModelConfig,
-           part: str = "train") -> DrawnWorld | Stream:
-    """Where a stage's samples come from: the user's own data, if given, or the drawn world."""
-    if sets:
-        return sets.stream(part, config.seed, model.chat, config.paraphrase)
-    return DrawnWorld(stage, model.vision.image_size, config.seed, part, model.chat,
-                      has_ret="<ret>" in model.special_tokens)
-
-
 def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Iterator[Batch]:
     """This rank's micro-batches. A sample that cannot be used is left out and counted."""
     c = run.config
     numbers = sample_numbers(first_step * c.batch_size, n_steps - first_step,
-                             batch_size=c.batch_size, accum=c.grad_accum_steps,
+                             batch_size=c.batch_size, accum=c.accumulation(run.ranks.size),
                              rank=run.ranks.rank, world_size=run.ranks.size)
     samples = source(c, run.sets, stage, run.model.config)
     changes = Augment(c.random_crop, c.jitter) if run.sets else None
@@ -273,7 +340,7 @@ def evaluate(run: Run, stage: str, step: int, validation: list[Batch], final: bo
     line = f"loss {real:.3f}, with blank pictures {without:.3f}, gap {without - real:.3f}"
     if final and run.ranks.is_first:  # before the exam, which takes its time
         save_model(run.out / "model", run.model.config, state, run.tokenizer)
-    if run.ranks.is_first and stage == "instruct":
+    if run.ranks.is_first and stage == "instruct" and not run.sets:
         report = drawn_report(run, state, final)
         accuracy = eval.main_accuracy(report["test"])
         line += f", accuracy {100 * accuracy:.1f} %"
@@ -332,33 +399,6 @@ def log_path(run: Run) -> Path:
 # ------------------------------------------------------------------------------------- setting up
 
 
-def check_split(config: TrainConfig, ranks: Ranks) -> None:
-    """A step's samples must divide evenly over ranks and micro-batches."""
-    parts = ranks.size * config.grad_accum_steps
-    if config.batch_size % parts:
-        lower = config.batch_size // parts * parts
-        near = " or ".join(str(n) for n in (lower, lower + parts) if n)
-        raise UserError(f"--batch-size {config.batch_size} does not divide into {ranks.size} "
-                        f"processes x {config.grad_accum_steps} micro-batches; use {near}")
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
-
-
-def initial_model(config: TrainConfig) -> tuple[VisionLanguageModel, Tokenizer] | None:
-    """What the flags name, by default the built-in model for one's own pictures; None: nothing."""
-    init = config.init or (BUILT_IN if config.data else "none")
-    with input_errors():
-        if config.vision:
-            torch.manual_seed(config.seed)
-            return assemble(config.vision, config.lm, PRESETS[config.preset]["model"],
-                            one_dtype=False)
-        return None if init == "none" else load_model(init)
-
-
 def stop_on_signals() -> threading.Event:
     """Ctrl-C and SIGTERM set the event instead of ending the program; a later Ctrl-C ends it.
 
@@ -377,97 +417,6 @@ def stop_on_signals() -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     return stopping
-
-
-def asked_to_stop(run: Run) -> bool:
-    """Whether any rank was asked to; all ranks learn it at the same step."""
-    return bool(all_sum(torch.tensor([float(run.stopping.is_set())], device=run.device))[0])
-
-
-def new_model(config: TrainConfig, out: Path, ranks: Ranks, sets: DataSets | None
-              ) -> tuple[VisionLanguageModel, Tokenizer]:
-    """The preset's model with random weights, the same on every rank, and its tokenizer.
-
-    The tokenizer is trained once, from the run's own words.
-    """
-    preset: ModelConfig = PRESETS[config.preset]["model"]
-    with input_errors():
-        samples = source(config, sets, config.stages[0], preset)
-        examples = example_pictures(samples, preset.vision.image_size, min(256, len(samples)))
-    path = out / "tokenizer.model"
-    if ranks.is_first and not path.is_file():
-        texts = own_words(samples) if sets else world.corpus(2000, config.seed)
-        template = ["User: What is in the picture?", "Assistant:"]
-        with input_errors():
-            train_tokenizer([*texts, *template], path, config.vocab_size)
-    ranks.wait()
-    tokenizer = Tokenizer(path)
-    decoder = dataclasses.replace(preset.decoder, vocab_size=tokenizer.vocab_size)
-    torch.manual_seed(config.seed)
-    model = VisionLanguageModel(dataclasses.replace(preset, decoder=decoder))
-    model.vision.patch_embed.whiten(model.vision.normalise(examples))
-    align_words_and_pictures(model)
-    for name, parameter in model.named_parameters():
-        if name.endswith("_gate"):
-            nn.init.constant_(parameter, config.gate_start)
-    return model, tokenizer
-
-
-def own_words(samples: Stream) -> list[str]:
-    """The words of some samples, for a tokenizer of their own."""
-    texts = []
-    for number in range(min(len(samples), WORDS_FROM)):
-        with contextlib.suppress(BadRecord):
-            texts += [segment.string for document in samples.at(number).documents
-                      for segment in document if isinstance(segment, Text) and not segment.special]
-    return sorted(set(texts))
-
-
-@torch.no_grad()
-def align_words_and_pictures(model: VisionLanguageModel) -> None:
-    """Let a model from nothing read a word in the direction in which it writes it, and a picture
-    be looked for there, too: what makes it *say* "cat" then soon lets it *find* a cat (LOG.md).
-    """
-    model.embed.copy_(model.head)
-    same_width = model.config.vision.dim == model.config.decoder.dim
-    for attn in (block.attn for block in model.cross_blocks.values() if same_width):
-        attn.o_proj.weight.copy_(attn.v_proj.weight.T)
-        attn.k_proj.weight.copy_(attn.q_proj.weight)
-
-
-def freeze(model: VisionLanguageModel, parts: str) -> None:
-    """Train everything but these parts. The rows of our special tokens are always trained."""
-    groups = {"none": [], "vision": [model.vision],
-              "decoder": [model.blocks, model.norm, model.embed, model.head]}
-    model.requires_grad_(True)
-    for part in parts.split("+"):
-        for member in groups[part]:
-            member.requires_grad_(False)
-
-
-def make_optimizer(model: VisionLanguageModel, c: TrainConfig) -> torch.optim.AdamW:
-    """AdamW. Weight decay is for matrices and tables; gates learn at c.gate_lr_scale the rate.
-
-    Adam moves a number by about the learning rate a step, whatever its gradient. A matrix needs no
-    more; a gate is one number whose way is of the order of 1.
-    """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    gate = [p for name, p in trained if name.endswith("_gate")]
-    matrix = [p for _, p in trained if p.ndim >= 2]
-    vector = [p for name, p in trained if p.ndim < 2 and not name.endswith("_gate")]
-    groups = [{"params": matrix, "weight_decay": c.weight_decay, "lr_scale": 1.0},
-              {"params": vector, "weight_decay": 0.0, "lr_scale": 1.0},
-              {"params": gate, "weight_decay": 0.0, "lr_scale": c.gate_lr_scale}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
-
-
-def learning_rate(step: int, n_steps: int, peak: float, floor: float, warmup: int) -> float:
-    """Linear warm-up to the peak, then a cosine down to the floor."""
-    warmup = min(warmup, n_steps // 5)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(n_steps - 1 - warmup, 1)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def gates(model: VisionLanguageModel) -> dict[str, float]:

@@ -36,6 +36,7 @@ from kernels import interval_attention, layer_norm, uniform_hints
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+NO_PICTURE = -1  # key of the grey one of a batch without pictures
 MAX_ASPECT = 100  # all of a picture is resized before it is cropped
 
 

@@ -77,7 +77,7 @@ BAD = [
     (train, ["--learning-rate", "1"], "--learning-rate"),
     (train, ["--batch-size", "many"], "--batch-size"),
     (train, ["--batch-size", "0"], "at least 1"),
-    (train, ["--batch-size", "10", "--grad-accum-steps", "4"], "use 8 or 12"),
+    (train, ["--batch-size", "10", "--micro-batch", "4"], "use --micro-batch 2 or 5"),
     (train, ["--max-steps", "-1"], "--max-steps"),
     (train, ["--steps", "-5", "3"], "--steps must be at least 1"),
     (train, ["--lr", "nan", "nan"], "--lr must be a finite number"),

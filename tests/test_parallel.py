@@ -3,18 +3,21 @@
 pytest tests/test_parallel.py
 """
 
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from data import Text, collate, collate_options, encode
+from data import Image, Ret, Text, collate, collate_options, encode, sample_numbers
 from kernels import set_backend
-from model import Output
-from parallel import contrastive_loss, full_state, losses, shard, train_step
+from optim import freeze
+from parallel import full_state, info_nce, losses, recompute, shard, train_step, whole
 from vision import ResamplerConfig
 from weights import load_model, save_model
 
@@ -28,95 +31,197 @@ def features(seed: int, n_text: int, n_image: int, dim: int = 6):
 # What each rank holds: number of <ret>s, how many are real, which picture each asks for, and the
 # keys of its pictures: the second of rank 0 and the first of rank 2 are twins.
 RANKS = [(3, 3, [2, 0, 3], [11, 12, 13, 14]), (1, 0, [0], [15, 16]), (2, 2, [1, 0], [12, 17])]
+SCALE = torch.tensor(3.7)
 
 
 def share(rank: int):
     n_text, n_real, target, keys = RANKS[rank]
     text, image = features(rank, n_text, len(keys))
-    return (text.requires_grad_(), image.requires_grad_(), torch.tensor(target),
-            torch.tensor(keys), n_real)
-
-
-def loss_of(text, image, scale, target, keys, n_real):
-    return contrastive_loss(Output(None, text, image, scale.exp()), target, keys, n_real)
+    return text, image, torch.tensor(target), torch.tensor(keys), torch.arange(n_text) < n_real
 
 
 def everything_on_one():
     """The same features in one process; the stand-in of rank 1 asks for nothing."""
     shares = [share(rank) for rank in range(len(RANKS))]
-    scale = torch.tensor(1.3, requires_grad=True)
     offsets = [0, 4, 6]
-    text = torch.cat([s[0][: s[4]] for s in shares])
+    text = torch.cat([s[0][s[4]] for s in shares])
     image = torch.cat([s[1] for s in shares])
-    target = torch.cat([s[2][: s[4]] + offset
-                        for s, offset in zip(shares, offsets, strict=True)])
+    target = torch.cat([s[2][s[4]] + offset for s, offset in zip(shares, offsets, strict=True)])
     keys = torch.cat([s[3] for s in shares])
-    loss, right = loss_of(text, image, scale, target, keys, len(text))
-    leaves = [x for s in shares for x in s[:2]]
-    grads = torch.autograd.grad(loss, [*leaves, scale], allow_unused=True)
-    return loss.detach(), right, grads
+    return info_nce(text, image, SCALE, target, keys, torch.ones(len(text)) > 0)
 
 
 def worker(rank: int, store: str, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank,
                             world_size=len(RANKS))
     text, image, *rest = share(rank)
-    scale = torch.tensor(1.3, requires_grad=True)
-    loss, right = loss_of(text, image, scale, *rest)
-    grads = torch.autograd.grad(loss, [text, image, scale])
-    results[rank] = (loss.item(), right.item(), [g.tolist() for g in grads])
+    results[rank] = info_nce(text, image, SCALE, *rest)
     dist.destroy_process_group()
 
 
 def test_the_contrastive_loss_over_three_ranks_is_that_of_one(tmp_path):
     results = mp.Manager().dict()
     mp.spawn(worker, (str(tmp_path / "store"), results), nprocs=len(RANKS))
-    loss, right, grads = everything_on_one()
-    scale_grad = 0.0
-    for rank in range(len(RANKS)):
-        found, n_right, (text_grad, image_grad, of_scale) = results[rank]
-        assert found == pytest.approx(loss.item(), rel=1e-5) and n_right == right
-        for ours, wanted in ((text_grad, grads[2 * rank]), (image_grad, grads[2 * rank + 1])):
-            wanted = torch.zeros_like(torch.tensor(ours)) if wanted is None else wanted
-            torch.testing.assert_close(torch.tensor(ours), wanted, rtol=1e-4, atol=1e-6)
-        scale_grad += of_scale
-    assert scale_grad == pytest.approx(grads[-1].item(), rel=1e-4)
+    loss, right, text_grad, image_grad, scale_grad = everything_on_one()
+    parts = zip(text_grad.split([3, 0, 2]), image_grad.split([4, 2, 2]), strict=True)
+    for rank, wanted in enumerate(parts):
+        found, n_right, *gradients, _ = results[rank]
+        assert found.item() == pytest.approx(loss.item(), rel=1e-5) and n_right == right
+        for ours, part in zip(gradients, wanted, strict=True):
+            part = part if len(part) else torch.zeros_like(ours)  # of the stand-in
+            torch.testing.assert_close(ours, part, rtol=1e-4, atol=1e-6)
+    total = sum(results[rank][-1] for rank in range(len(RANKS)))
+    assert total.item() == pytest.approx(scale_grad.item(), rel=1e-4)
+
+
+def all_real(text, image, scale, target, keys):
+    return info_nce(text, image, scale, target, keys, torch.ones(len(text)) > 0)
 
 
 def test_the_contrastive_loss_is_clips_symmetric_cross_entropy():
-    text, image = features(7, 5, 5)
-    scale = torch.tensor(2.0)
-    loss, right = loss_of(text, image, scale, torch.arange(5), torch.arange(5), 5)
-    logits = scale.exp() * text @ image.T
+    text, image = (x.requires_grad_() for x in features(7, 5, 5))
+    scale = torch.tensor(7.0, requires_grad=True)
+    loss, right, *gradients = all_real(text, image, scale, torch.arange(5), torch.arange(5))
+    logits = scale * text @ image.T
     wanted = (F.cross_entropy(logits, torch.arange(5), reduction="sum")
               + F.cross_entropy(logits.T, torch.arange(5), reduction="sum")) / 2
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     assert right == (logits.argmax(1) == torch.arange(5)).sum()
+    for ours, theirs in zip(gradients, torch.autograd.grad(wanted, (text, image, scale)),
+                            strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_equal_pictures_are_nobodys_negatives():
     text, image = features(5, 3, 3)
-    alone, _ = loss_of(text[:2], image[:2], torch.tensor(1.0), torch.arange(2), torch.arange(2), 2)
+    one = torch.tensor(2.7)
+    alone = all_real(text[:2], image[:2], one, torch.arange(2), torch.arange(2))[0]
     first, second = text[:1], text[1:2]
     twice = torch.cat([first, second, first])  # the first is asked for by two texts, shown twice
     shown = torch.cat([image[:2], image[:1]])
-    loss, right = loss_of(twice, shown, torch.tensor(1.0), torch.tensor([0, 1, 2]),
-                          torch.tensor([7, 8, 7]), 3)
-    single, _ = loss_of(first, image[:1], torch.tensor(1.0), torch.tensor([0]),
-                        torch.tensor([7]), 1)
+    loss = all_real(twice, shown, one, torch.tensor([0, 1, 2]), torch.tensor([7, 8, 7]))[0]
+    single = all_real(first, image[:1], one, torch.tensor([0]), torch.tensor([7]))[0]
     assert single.item() == 0 and loss.isfinite() and loss > alone
-    only = loss_of(twice[::2], shown[::2], torch.tensor(1.0), torch.arange(2),
-                   torch.tensor([7, 7]), 2)
+    only = all_real(twice[::2], shown[::2], one, torch.arange(2), torch.tensor([7, 7]))
     assert only[0].item() == 0 and only[1] == 2  # nothing but twins: nothing to choose from
 
 
 def test_the_stand_in_of_a_batch_without_ret_weighs_nothing():
     text, image = features(3, 1, 3)
-    text, image = text.requires_grad_(), image.requires_grad_()
-    loss, right = loss_of(text, image, torch.tensor(1.0), torch.tensor([0]), torch.arange(3), 0)
+    loss, right, *gradients = info_nce(text, image, torch.tensor(2.7), torch.tensor([0]),
+                                       torch.arange(3), torch.tensor([False]))
     assert loss.item() == 0 and right == 0
-    for grad in torch.autograd.grad(loss, (text, image)):
-        assert torch.equal(grad, torch.zeros_like(grad))
+    for gradient in gradients:
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_a_temperature_at_its_cap_can_come_back(tiny_model):
+    model = tiny_model(contrastive_dim=8)
+    torch.nn.init.constant_(model.contrastive.logit_scale, 9.0)
+    model.cap_temperature()
+    scale = model.contrastive(torch.randn(2, 32), torch.randn(2, 24))[2]
+    assert scale.item() == pytest.approx(100)
+    scale.backward()
+    assert model.contrastive.logit_scale.grad.item() == pytest.approx(100)
+
+
+# ------------------------------------------------- however a batch is split, however it is sharded
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a batch is computed: in how many micro-batches, what is frozen, options of shard()."""
+
+    n_micro: int = 2
+    pool: str = "micro"
+    frozen: str = "none"
+    recompute: str = "none"
+    keep: bool = False
+    options: tuple = ()
+
+
+CASES = {
+    2: [Case(), Case(pool="global", keep=True, options=(("reshard", False),)),
+        Case(pool="global", frozen="vision+decoder", recompute="full",
+             options=(("only_trained", True),)),
+        Case(n_micro=1, frozen="vision", recompute="selective", options=(("prefetch", 2),)),
+        Case(n_micro=4, frozen="vision+decoder"), Case(options=(("replicate", 2),))],
+    4: [Case(pool="global", options=(("prefetch", 1),)),
+        Case(frozen="vision", recompute="full",
+             options=(("only_trained", True), ("replicate", 2)))],
+}
+
+
+def eight_samples(tokenizer) -> list:
+    """Captions with pictures and requests for them; of the last two no word sees a picture."""
+    random = np.random.default_rng(0)
+    samples = []
+    for i, words in enumerate(("a red cat at the top", "a cup", "two blue fish on the right",
+                               "a tree", "a green car at the left", "a dog and a cat")):
+        picture = random.integers(0, 256, (16, 16, 3), np.uint8)
+        documents = [[Image(picture), Text(words, learn=True)], [Text(words), Ret(picture)]]
+        samples.append([encode(document, tokenizer) for document in documents[: 1 + i % 3]])
+    return samples + [[encode([Text(words, learn=True)], tokenizer)] for words in ("no", "a hat")]
+
+
+def split(samples: list, case: Case, n_ranks: int, options: dict) -> list[list]:
+    """The micro-batches of every rank."""
+    return [[collate([samples[i] for i in numbers], **options)
+             for numbers in sample_numbers(0, 1, batch_size=8, accum=case.n_micro, rank=rank,
+                                           world_size=n_ranks)] for rank in range(n_ranks)]
+
+
+def computed(model, case: Case, batches: list) -> tuple[list, dict]:
+    means, _ = losses(model, batches, 0.3, backward=True, pool=case.pool, keep=case.keep)
+    return means, {name: whole(p.grad) for name, p in model.named_parameters()
+                   if p.grad is not None}
+
+
+def one_of_many(rank: int, store: str, model, work: dict, results):
+    size = len(next(iter(work.values())))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    for case, batches in work.items():
+        own = deepcopy(model)
+        freeze(own, case.frozen)
+        recompute(own, case.recompute)
+        shard(own, torch.float32, **dict(case.options))
+        found = computed(own, case, batches[rank])
+        if rank == 0:
+            results[case] = found
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("n_ranks", CASES)
+def test_any_split_and_sharding_gives_the_losses_and_gradients_of_one_process(
+    tiny_model, tokenizer, tmp_path, n_ranks
+):
+    model = tiny_model(contrastive_dim=8, cross_attn_mlp=True, resampler=ResamplerConfig(
+        n_latents=3, n_layers=1, n_heads=2, head_dim=16, hidden_dim=40))
+    samples, options = eight_samples(tokenizer), collate_options(tokenizer, model.config)
+    work = {case: split(samples, case, n_ranks, options) for case in CASES[n_ranks]}
+    results = mp.Manager().dict()
+    mp.spawn(one_of_many, (str(tmp_path / "store"), model, work, results), nprocs=n_ranks)
+    for case in CASES[n_ranks]:
+        own = deepcopy(model)
+        freeze(own, case.frozen)
+        same_pool = replace(case, n_micro=1 if case.pool == "global" else case.n_micro)
+        means, gradients = computed(own, same_pool, split(samples, same_pool, 1, options)[0])
+        assert results[case][0] == pytest.approx(means, rel=1e-5)
+        assert results[case][1].keys() == gradients.keys()
+        largest = max(float(g.abs().max()) for g in gradients.values())
+        for name, gradient in gradients.items():
+            difference = float((results[case][1][name] - gradient).abs().max())
+            assert difference < 1e-5 * largest, (case, name)
+        assert all(name.startswith(("vision", "blocks", "norm", "embed", "head")) for name, p in
+                   own.named_parameters() if p.grad is None)
+
+
+def test_the_global_pool_is_another_loss_than_the_pool_of_a_micro_batch(tiny_model, tokenizer):
+    model = tiny_model(contrastive_dim=8)
+    samples, options = eight_samples(tokenizer), collate_options(tokenizer, model.config)
+    micro, large = (computed(deepcopy(model), case, split(samples, case, 1, options)[0])[0]
+                    for case in (Case(), Case(pool="global")))
+    assert micro[0] == pytest.approx(large[0]) and micro[1] < large[1]
 
 
 def test_a_step_without_ret_leaves_an_optimizer_state_that_is_whole(tiny_model, tokenizer):

@@ -23,12 +23,14 @@ from PIL import Image
 
 import sample
 import train
-from checkpoint import latest_checkpoint, mark_best, read_best, save_checkpoint
+from checkpoint import Saver, latest_checkpoint, read_best
 from config import TrainConfig
 from data import Samples
 from drawn import DrawnWorld
 from model import VisionLanguageModel
+from optim import freeze, learning_rate, make_optimizer
 from sources import DataSets
+from start import align_words_and_pictures, initial_model, source
 from tests import checkpoints
 from tests.shards import write_shard
 from tokenizer import Tokenizer
@@ -193,11 +195,12 @@ def test_old_checkpoints_go_and_half_written_ones_are_ignored(tmp_path, run):
 def test_the_best_checkpoint_of_a_stage_is_named_and_kept(tmp_path):
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
+    saver = Saver(tmp_path, keep=1)
     for step, (stage, val_loss, best) in enumerate((
             (0, 3.0, 0), (0, 2.0, 1), (0, 2.5, 1), (0, None, 1), (0, 2.1, 1), (1, 9.0, 5),
             (1, 9.5, 5), (1, 9.5, 5))):
-        save_checkpoint(tmp_path, step, model, optimizer, {"stage": stage}, keep=1)
-        mark_best(tmp_path, stage, val_loss)
+        saver.save(step, model, optimizer, {"stage": stage}, val_loss)
+        saver.finish()
         assert read_best(tmp_path)["checkpoint"] == f"step_{best:08d}"
         kept = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
         assert f"step_{best:08d}" in kept and f"step_{step:08d}" in kept
@@ -224,15 +227,38 @@ def lose_weights(checkpoint: Path) -> None:
     next(checkpoint.glob("*.distcp")).unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_state, cut_weights, lose_weights])
-def test_a_damaged_checkpoint_is_named_and_the_log_stays(finished, tmp_path, cli, damage):
+def flip_a_bit(checkpoint: Path) -> None:
+    path = next(checkpoint.glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = [damage_state, cut_weights, lose_weights, flip_a_bit]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_checkpoint_before_a_damaged_one_is_used(finished, tmp_path, run, damage):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     checkpoint = latest_checkpoint(out)
     damage(checkpoint)
+    printed = run("--resume", out)
+    assert f"{checkpoint}: damaged (" in printed and "going on from the one before" in printed
+    assert "restored from step_00000006: weights" in printed
+    assert curve(out) == curve(finished)
+
+
+def test_if_all_checkpoints_are_damaged_they_are_named_and_the_log_stays(finished, tmp_path, cli):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    checkpoints = sorted((out / "checkpoints").iterdir())
+    for checkpoint, damage in zip(checkpoints, DAMAGES, strict=True):
+        damage(checkpoint)
     before = (out / "log.jsonl").read_bytes()
     code, _, err = cli(train, "--resume", out)
-    assert code == 2 and f"{checkpoint}: damaged" in err and err.count("\n") == 1
+    assert code == 2 and err.count("\n") == 1
+    assert all(f"{checkpoint}: damaged" in err for checkpoint in checkpoints)
     assert (out / "log.jsonl").read_bytes() == before
 
 
@@ -290,7 +316,7 @@ def test_two_processes_compute_the_losses_of_one(tmp_path):
 def test_accumulation_changes_no_token_loss(tmp_path, run):
     arguments = [*QUICK, "--max-steps", 4, "--contrastive-weight", 0, "--eval-every", 0]
     run(*arguments, "--out", tmp_path / "one")
-    run(*arguments, "--out", tmp_path / "four", "--grad-accum-steps", 4)
+    run(*arguments, "--out", tmp_path / "four", "--micro-batch", 2)
     for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "four"), strict=True):
         assert relative(a[2], b[2]) < 1e-4 and relative(a[4], b[4]) < 1e-3
 
@@ -310,9 +336,9 @@ def test_a_run_stopped_on_two_processes_goes_on_with_one(finished, tmp_path, run
 def test_four_processes_with_accumulation_compute_the_losses_of_one(tmp_path):
     arguments = ["--max-steps", 10, "--batch-size", 16, "--contrastive-weight", 0, *QUICK[2:]]
     finish(start(*arguments, "--out", tmp_path / "whole"))
-    arguments += ["--grad-accum-steps", 2]  # half of the negatives: another contrastive loss
-    finish(start(*arguments, "--out", tmp_path / "one"))
-    finish(start(*arguments, "--out", tmp_path / "four", ranks=4))
+    # From here on half of the negatives, and with them another contrastive loss.
+    finish(start(*arguments, "--micro-batch", 8, "--out", tmp_path / "one"))
+    finish(start(*arguments, "--micro-batch", 2, "--out", tmp_path / "four", ranks=4))
     assert_same_losses(curve(tmp_path / "one"), curve(tmp_path / "four"))
     for a, b in zip(curve(tmp_path / "whole"), curve(tmp_path / "four"), strict=True):
         assert a[:2] == b[:2] and a[5:] == b[5:] and relative(a[2], b[2]) < 1e-4, (a, b)
@@ -331,24 +357,24 @@ def test_the_launch_on_eight_processes_works_as_written_in_the_readme(tmp_path):
 
 
 def test_the_learning_rate_warms_up_then_falls_to_the_floor():
-    rates = [train.learning_rate(step, 100, 1.0, 0.1, 10) for step in range(100)]
+    rates = [learning_rate(step, 100, 1.0, 0.1, 10) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates)
     assert all(a >= b for a, b in pairwise(rates[9:]))
     assert rates[-1] == pytest.approx(0.1)
     assert rates[10 + 45] == pytest.approx(0.55, abs=0.03)
-    assert train.learning_rate(0, 1, 1.0, 0.1, 50) == 1.0
+    assert learning_rate(0, 1, 1.0, 0.1, 50) == 1.0
 
 
 def test_a_new_model_looks_for_a_word_in_the_direction_in_which_it_writes_it(tiny_model):
     model = tiny_model()
-    train.align_words_and_pictures(model)
+    align_words_and_pictures(model)
     assert torch.equal(model.embed, model.head)
     for attn in (block.attn for block in model.cross_blocks.values()):
         assert torch.equal(attn.k_proj.weight, attn.q_proj.weight)
         assert torch.equal(attn.o_proj.weight, attn.v_proj.weight.T)
     wide = tiny_model(dim=64)  # pictures of another width: only the tables can agree
     before = {name: p.clone() for name, p in wide.cross_blocks.named_parameters()}
-    train.align_words_and_pictures(wide)
+    align_words_and_pictures(wide)
     assert torch.equal(wide.embed, wide.head)
     assert all(torch.equal(p, before[name]) for name, p in wide.cross_blocks.named_parameters())
 
@@ -356,7 +382,7 @@ def test_a_new_model_looks_for_a_word_in_the_direction_in_which_it_writes_it(tin
 def test_weight_decay_is_for_matrices_and_gates_learn_faster(tiny_model):
     model = tiny_model()
     c = TrainConfig(gate_lr_scale=20.0, weight_decay=0.3)
-    groups = train.make_optimizer(model, c).param_groups
+    groups = make_optimizer(model, c).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert sum(len(g["params"]) for g in groups) == len(names)
     for group in groups:
@@ -369,7 +395,7 @@ def test_weight_decay_is_for_matrices_and_gates_learn_faster(tiny_model):
 @pytest.mark.parametrize("parts", ["none", "vision", "decoder", "vision+decoder"])
 def test_freezing_leaves_the_special_rows_and_gated_blocks_trained(tiny_model, parts):
     model = tiny_model()
-    train.freeze(model, parts)
+    freeze(model, parts)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     belongs = {"vision": ("vision.",), "decoder": ("blocks.", "norm.", "embed", "head")}
     for name, _ in model.named_parameters():
@@ -495,7 +521,7 @@ def test_other_data_gives_the_validation_loss(tmp_path, cli, monkeypatch):
     (["--data", "mine*0.5", "mine"], "every data set a *SHARE"), (["--val", "mine"], "--val"),
     (["--data", "nowhere"], "nowhere: no such folder"),
     (["--data", "mine", "--random-crop", "1.5"], "at most 1"),
-    (["--data", "mine", "--stages", "pretrain"], "--stages"),
+    (["--data", "mine", "--stages", "sleep"], "--stages"),
 ])
 def test_data_that_cannot_be_is_one_line(tmp_path, cli, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
@@ -598,7 +624,7 @@ def parts(tmp_path_factory) -> Path:
 def test_published_parts_start_as_they_were_published_and_new_ones_by_the_seed(parts):
     def start_of(seed: int) -> dict[str, torch.Tensor]:
         config = TrainConfig(vision=str(parts / "ViT.pt"), lm=str(parts / "llama"), seed=seed)
-        return train.initial_model(config)[0].state_dict()
+        return initial_model(config)[0].state_dict()
 
     one, same, other = start_of(1), start_of(1), start_of(2)
     theirs = read_checkpoint(parts / "ViT.pt").state | read_checkpoint(parts / "llama").state
@@ -649,7 +675,7 @@ def test_captions_are_not_searched_for_in_a_vocabulary_without_ret(parts, tmp_pa
 @pytest.mark.parametrize("stage", ["pretrain", "instruct"])
 def test_no_scene_of_the_drawn_world_is_empty_in_a_vocabulary_without_ret(parts, stage):
     config, tokenizer = of_idefics(parts)
-    model = train.source(TrainConfig(), None, stage, config)
+    model = source(TrainConfig(), None, stage, config)
     assert isinstance(model, DrawnWorld)
     longest = config.decoder.max_seq_len
     samples = Samples(model, tokenizer, config)

@@ -1,0 +1,135 @@
+"""What a run starts from: its data, its model, its tokenizer.
+
+A model comes from published parts (--vision, --lm), from a model folder (--init), or from nothing;
+then its tokenizer is trained on the run's own words, and its first filters on its own pictures.
+"""
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import world
+from config import TrainConfig, input_errors
+from data import example_pictures
+from drawn import DrawnWorld
+from formats import Text
+from model import ModelConfig, VisionLanguageModel
+from parallel import Ranks
+from presets import preset_model
+from records import BadRecord
+from sources import DataSets, Stream
+from tokenizer import Tokenizer, train_tokenizer
+from weights import BUILT_IN, assemble, load_model
+
+WORDS_FROM = 10_000  # samples whose words a tokenizer is trained on
+
+
+def open_data(config: TrainConfig, ranks: Ranks) -> DataSets | None:
+    """The user's own data, if any. One process of each machine makes the indexes, all read them."""
+    if not config.data:
+        return None
+    if ranks.local == 0:
+        with contextlib.suppress(ValueError):  # which all ranks are about to find, too
+            DataSets(config.data, config.val)
+    ranks.wait()
+    with input_errors():
+        return DataSets(config.data, config.val)
+
+
+def with_steps(config: TrainConfig, sets: DataSets | None) -> TrainConfig:
+    """The config with --epochs of one's own data turned into --steps."""
+    if not sets:
+        return config
+    n_samples = len(sets.stream("train", config.seed, "nanovilla", 0.0))
+    steps = tuple(math.ceil(epochs * n_samples / config.batch_size) or n
+                  for epochs, n in zip(config.epochs, config.steps, strict=True))
+    return dataclasses.replace(config, steps=steps)
+
+
+def source(config: TrainConfig, sets: DataSets | None, stage: str, model: ModelConfig,
+           part: str = "train") -> DrawnWorld | Stream:
+    """Where a stage's samples come from: the user's own data, if given, or the drawn world."""
+    if sets:
+        return sets.stream(part, config.seed, model.chat, config.paraphrase)
+    return DrawnWorld(stage, model.vision.image_size, config.seed, part, model.chat,
+                      has_ret="<ret>" in model.special_tokens)
+
+
+def start_files(config: TrainConfig) -> list[str]:
+    """The files or folders that a run's first weights come from; none: it starts from nothing."""
+    if config.vision:
+        return [config.vision, config.lm]
+    built_in = str(BUILT_IN) if config.data and config.preset == "tiny" else "none"
+    return [name for name in (config.init or built_in,) if name != "none"]
+
+
+def initial_model(config: TrainConfig) -> tuple[VisionLanguageModel, Tokenizer] | None:
+    """What the flags name, by default the built-in model for one's own pictures; None: nothing."""
+    files = start_files(config)
+    with input_errors():
+        if len(files) == 2:
+            torch.manual_seed(config.seed)
+            like = preset_model(config.preset, config.shrink)
+            model, tokenizer = assemble(*files, like, one_dtype=False)
+            open_gates(model, config)
+            return model, tokenizer
+        return load_model(files[0]) if files else None
+
+
+def open_gates(model: VisionLanguageModel, config: TrainConfig) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            nn.init.constant_(parameter, config.gate_start)
+
+
+def new_model(config: TrainConfig, out: Path, ranks: Ranks, sets: DataSets | None
+              ) -> tuple[VisionLanguageModel, Tokenizer]:
+    """The preset's model with random weights, the same on every rank, and its tokenizer.
+
+    The tokenizer is trained once, from the run's own words.
+    """
+    preset = preset_model(config.preset, config.shrink)
+    with input_errors():
+        samples = source(config, sets, config.stages[0], preset)
+        examples = example_pictures(samples, preset.vision.image_size, min(256, len(samples)))
+    path = out / "tokenizer.model"
+    if ranks.is_first and not path.is_file():
+        texts = own_words(samples) if sets else world.corpus(2000, config.seed)
+        template = ["User: What is in the picture?", "Assistant:"]
+        with input_errors():
+            train_tokenizer([*texts, *template], path, config.vocab_size)
+    ranks.wait()
+    tokenizer = Tokenizer(path)
+    decoder = dataclasses.replace(preset.decoder, vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(config.seed)
+    model = VisionLanguageModel(dataclasses.replace(preset, decoder=decoder))
+    model.vision.patch_embed.whiten(model.vision.normalise(examples))
+    align_words_and_pictures(model)
+    open_gates(model, config)
+    return model, tokenizer
+
+
+def own_words(samples: Stream) -> list[str]:
+    """The words of some samples, for a tokenizer of their own."""
+    texts = []
+    for number in range(min(len(samples), WORDS_FROM)):
+        with contextlib.suppress(BadRecord):
+            texts += [segment.string for document in samples.at(number).documents
+                      for segment in document if isinstance(segment, Text) and not segment.special]
+    return sorted(set(texts))
+
+
+@torch.no_grad()
+def align_words_and_pictures(model: VisionLanguageModel) -> None:
+    """Let a model from nothing read a word in the direction in which it writes it, and a picture
+    be looked for there, too: what makes it *say* "cat" then soon lets it *find* a cat (LOG.md).
+    """
+    model.embed.copy_(model.head)
+    same_width = model.config.vision.dim == model.config.decoder.dim
+    for attn in (block.attn for block in model.cross_blocks.values() if same_width):
+        attn.o_proj.weight.copy_(attn.v_proj.weight.T)
+        attn.k_proj.weight.copy_(attn.q_proj.weight)
