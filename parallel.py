@@ -14,7 +14,9 @@ import contextlib
 import math
 import os
 import re
+import secrets
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -26,6 +28,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -68,8 +71,37 @@ def start_group(ranks: Ranks, device: torch.device, timeout: float = 600.0) -> N
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if ranks.size == 1 else {}
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
+    limit = timedelta(seconds=timeout)
+    store = fresh_store(ranks, limit) if ranks.size > 1 else dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size,
+                            timeout=limit)
+
+
+def fresh_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """Where ranks find each other, under a name that no earlier attempt of theirs has used.
+
+    torchrun's own store outlives a restart of its processes (torch 2.13), and who reads there where
+    another rank listens may find one that is dead. So the first rank draws a name, and each of the
+    others takes one that is answered.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    if ranks.is_first:
+        name = secrets.token_hex(8)
+        store.set("attempt", name)
+        for rank in range(1, ranks.size):
+            store.set(f"{name}/{rank}/answer", store.get(f"{name}/{rank}"))
+        return dist.PrefixStore(name, store)
+    call, answered = secrets.token_hex(8).encode(), False
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not answered:
+        if time.monotonic() > deadline:
+            raise RuntimeError("Timed out waiting for the first rank")
+        name = store.get("attempt").decode()
+        store.set(f"{name}/{ranks.rank}", call)
+        answer = f"{name}/{ranks.rank}/answer"
+        answered = store.check([answer]) and store.get(answer) == call
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 @contextlib.contextmanager

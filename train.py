@@ -116,9 +116,9 @@ def main() -> None:
         set_backend(None if config.backend == "auto" else config.backend)
     device = pick_device(config.device, ranks.local)
     dtype = pick_dtype(config.dtype, device)
-    if ranks.size > 1 or dtype != torch.float32:
-        start_group(ranks, device, config.timeout)
     with ending_together(ranks):
+        if ranks.size > 1 or dtype != torch.float32:
+            start_group(ranks, device, config.timeout)
         run, stopped = set_up(config, ranks, device, dtype)
         for number in range(stopped.state.get("stage", 0), len(config.stages)):
             if not train_stage(run, number, stopped):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import Saver, latest_checkpoint, load_checkpoint
 from data import Encoded, collate
 from generate import choose, generate
 from kernels import decode
@@ -647,7 +647,9 @@ def test_every_backend_goes_on_exactly_where_it_stopped(build, use, tmp_path, ba
     step(*through)
     step(*through)
     step(*stopped)
-    save_checkpoint(tmp_path, 1, *stopped, {}, keep=1)
+    saver = Saver(tmp_path, keep=1)
+    saver.save(1, *stopped, {})
+    saver.finish()
     load_checkpoint(latest_checkpoint(tmp_path), *again)
     step(*again)
     for ours, wanted in zip(again[0].parameters(), through[0].parameters(), strict=True):

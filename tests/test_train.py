@@ -23,7 +23,7 @@ from PIL import Image
 
 import sample
 import train
-from checkpoint import Saver, latest_checkpoint, read_best
+from checkpoint import latest_checkpoint, read_best
 from config import TrainConfig
 from data import Samples
 from drawn import DrawnWorld
@@ -190,21 +190,6 @@ def test_old_checkpoints_go_and_half_written_ones_are_ignored(tmp_path, run):
     assert folders == ["step_00000005", "step_00000006"]
     (out / "checkpoints" / folders[1] / "state.json").unlink()
     assert latest_checkpoint(out).name == folders[0]
-
-
-def test_the_best_checkpoint_of_a_stage_is_named_and_kept(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    saver = Saver(tmp_path, keep=1)
-    for step, (stage, val_loss, best) in enumerate((
-            (0, 3.0, 0), (0, 2.0, 1), (0, 2.5, 1), (0, None, 1), (0, 2.1, 1), (1, 9.0, 5),
-            (1, 9.5, 5), (1, 9.5, 5))):
-        saver.save(step, model, optimizer, {"stage": stage}, val_loss)
-        saver.finish()
-        assert read_best(tmp_path)["checkpoint"] == f"step_{best:08d}"
-        kept = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
-        assert f"step_{best:08d}" in kept and f"step_{step:08d}" in kept
-    assert kept == ["step_00000005", "step_00000007"]
 
 
 def test_an_earlier_run_is_not_overwritten(finished, cli):

@@ -1,0 +1,147 @@
+"""Laws of checkpoints: what is saved is the step's own, whole or not there, and noticed if damaged.
+
+pytest tests/test_checkpoint.py
+"""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import Saver, bad_file, latest_checkpoint, load_checkpoint, newest_good, read_best
+
+
+def start(size: int = 2) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer, one step old."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(size, size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(3, model.in_features)).pow(2).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def saved(run: Path, *steps: int, keep: int = 9) -> list[Path]:
+    model, optimizer = start()
+    saver = Saver(run, keep)
+    for number in steps:
+        saver.save(number, model, optimizer, {"stage": 0})
+    saver.finish()
+    return [run / "checkpoints" / f"step_{number:08d}" for number in steps]
+
+
+def test_the_best_checkpoint_of_a_stage_is_named_and_kept(tmp_path):
+    model, optimizer = start()
+    saver = Saver(tmp_path, keep=1)
+    for step, (stage, val_loss, best) in enumerate((
+            (0, 3.0, 0), (0, 2.0, 1), (0, 2.5, 1), (0, None, 1), (0, 2.1, 1), (1, 9.0, 5),
+            (1, 9.5, 5), (1, 9.5, 5))):
+        saver.save(step, model, optimizer, {"stage": stage}, val_loss)
+        saver.finish()
+        assert read_best(tmp_path)["checkpoint"] == f"step_{best:08d}"
+        kept = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+        assert f"step_{best:08d}" in kept and f"step_{step:08d}" in kept
+    assert kept == ["step_00000005", "step_00000007"]
+
+
+def test_a_checkpoint_is_of_its_step_though_training_goes_on_while_it_is_written(
+    tmp_path, monkeypatch
+):
+    writing = checkpoint.checksum
+    model, optimizer = start(300)
+    before = [p.clone() for p in model.parameters()]
+    saver = Saver(tmp_path, keep=1)
+    monkeypatch.setattr(checkpoint, "checksum", lambda path: (step(model, optimizer),
+                                                              writing(path))[1])
+    saver.save(1, model, optimizer, {})
+    step(model, optimizer)  # at once, and once more before it is whole
+    saver.finish()
+    other = start(300)
+    load_checkpoint(latest_checkpoint(tmp_path), *other)
+    assert all(map(torch.equal, before, other[0].parameters()))
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_what_is_left_out_is_not_written_and_stays_as_it_is(tmp_path):
+    model, optimizer = start(64)
+    model.bias.requires_grad_(False)
+    saver = Saver(tmp_path, 1, leave_out={"bias"})
+    optimizer = torch.optim.AdamW([model.weight])
+    step(model, optimizer)
+    saver.save(1, model, optimizer, {})
+    saver.finish()
+    other, again = start(64)
+    other.bias.requires_grad_(False)
+    torch.nn.init.constant_(other.bias, 5.0)
+    load_checkpoint(latest_checkpoint(tmp_path), other, torch.optim.AdamW([other.weight]),
+                    {"bias"})
+    assert torch.equal(other.weight, model.weight) and bool((other.bias == 5).all())
+    with pytest.raises(ValueError, match="damaged"):  # a part that is asked for, but is not there
+        load_checkpoint(latest_checkpoint(tmp_path), other, torch.optim.AdamW([other.weight]))
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    model, optimizer = start()
+    saver = Saver(tmp_path, keep=1)
+    saver.save(1, model, optimizer, {})
+    saver.finish()
+    wanted = torch.rand(3)
+    torch.rand(7)
+    load_checkpoint(latest_checkpoint(tmp_path), model, optimizer)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.parametrize("what", ["flip", "cut", "lose"])
+def test_a_changed_file_is_noticed_and_the_checkpoint_before_it_is_taken(tmp_path, what):
+    first, second = saved(tmp_path, 1, 2)
+    assert newest_good(tmp_path) == (second, []) and bad_file(second) == ""
+    for path in (p for p in second.iterdir() if p.name != "state.json"):
+        content = path.read_bytes()
+        damaged = {"flip": content[:9] + bytes([content[9] ^ 1]) + content[10:],
+                   "cut": content[:-1]}
+        path.unlink()
+        if what in damaged:
+            path.write_bytes(damaged[what])
+        good, notes = newest_good(tmp_path)
+        assert good == first and len(notes) == 1 and f"{second}: damaged ({path.name})" in notes[0]
+        path.write_bytes(content)
+    assert newest_good(tmp_path) == (second, [])
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path):
+    model, optimizer = start(300)
+    saver = Saver(tmp_path, keep=1)
+    saver.save(1, model, optimizer, {})
+    saver.finish()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # of a file, in bytes
+    try:
+        saver.save(2, model, optimizer, {})
+        with pytest.raises(ValueError, match="step_00000002: could not be written .*File too large"
+                                             ".*from step_00000001"):
+            saver.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert newest_good(tmp_path)[1] == []
+    saver.save(2, model, optimizer, {})  # when there is room again
+    saver.finish()
+    assert latest_checkpoint(tmp_path).name == "step_00000002"
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    model, optimizer = start()
+    saver = Saver(tmp_path, keep=1)
+    monkeypatch.setattr(checkpoint, "write_whole", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    saver.save(2, model, optimizer, {"stage": 0})
+    with pytest.raises(ValueError, match="could not be written"):
+        saver.finish()
+    assert newest_good(tmp_path)[0].name == "step_00000001"
