@@ -20,7 +20,7 @@ from tqdm import tqdm
 import world
 from config import Parser, input_errors, pick_device, run_main
 from data import prompts
-from formats import Ret, chat_document
+from formats import Document, Ret, chat_document
 from generate import generate
 from model import VisionLanguageModel
 from scores import is_right
@@ -73,8 +73,9 @@ def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: in
             world.draw(scene, size))
 
     if kind == "ret":
-        right = find_pictures(model, tokenizer, [q.question for q in questions],
-                              [picture(q.scenes[0]) for q in questions])
+        searches = [chat_document([([], q.question, Ret(picture(q.scenes[0])))])
+                    for q in questions]
+        right = find_pictures(model, tokenizer, searches)
         return [Asked(kind, q.question, "", "", bool(r))
                 for q, r in zip(questions, right, strict=True)][:n]
     documents = [chat_document([([picture(s) for s in q.scenes], q.question, None)],
@@ -88,23 +89,21 @@ def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: in
 
 
 @torch.inference_mode()
-def find_pictures(model: VisionLanguageModel, tokenizer: Tokenizer, requests: list[str],
-                  pictures: list[np.ndarray]) -> torch.Tensor:
-    """For each request, whether its <ret> comes closest to its own picture of a gallery.
+def find_pictures(model: VisionLanguageModel, tokenizer: Tokenizer, searches: list[Document]
+                  ) -> torch.Tensor:
+    """For each search, a document with a <ret>, whether that comes closest to its own picture.
 
-    The gallery of request i are pictures i, i + 1, ... i + GALLERY - 1, around the end. A tie is
-    not a find.
+    Search i chooses among the pictures of searches i, i + 1, ... i + GALLERY - 1, around the end. A
+    tie is not a find.
     """
     texts, images = [], []
-    for first in range(0, len(requests), BATCH):
-        documents = [chat_document([([], request, Ret(picture))]) for request, picture in
-                     zip(requests[first : first + BATCH], pictures[first : first + BATCH],
-                         strict=True)]
-        out = model(prompts(documents, tokenizer, model.config, model.embed.device))
+    for first in range(0, len(searches), BATCH):
+        out = model(prompts(searches[first : first + BATCH], tokenizer, model.config,
+                            model.embed.device))
         texts.append(out.ret_features)
         images.append(out.image_features)
     similarity = (torch.cat(texts) @ torch.cat(images).T).cpu()
-    n = len(requests)
+    n = len(searches)
     others = (torch.arange(n)[:, None] + torch.arange(1, GALLERY)) % n
     return similarity.diag() > similarity.gather(1, others).max(1).values
 
