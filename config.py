@@ -20,6 +20,8 @@ import torch
 from presets import PER_STAGE, PRESETS, preset_fields
 from sources import Spec
 
+GPU_NAMES = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb")  # see plan.GPUS
+YES_OR_NO = ("yes", "no")  # of a flag that may stand alone: yes
 PARTS = ("vision", "decoder", "special")  # that --frozen takes; the last: rows of <image> and so on
 
 
@@ -90,6 +92,14 @@ class TrainConfig:
     max_bad: float = option(0.2, "share of bad samples above which a run gives up", low=0, high=1)
 
     vocab_size: int = option(1000, "most pieces of a tokenizer trained from nothing", low=300)
+    plan: str = option("no", "say what the run will need, and do not begin it", YES_OR_NO)
+    world_size: int = option(32, "--plan: number of GPUs", low=1)
+    gpu: str = option("a100-80gb", "--plan: what kind", GPU_NAMES)
+    mfu: float = option(0.5, "--plan: share of the GPUs' peak that is reached", above=0, high=1)
+    mean_tokens: int = option(0, "--plan: of a document (0: 40 for captions, 300 for "
+                              "conversations)", low=0)
+    longest_tokens: int = option(0, "--plan: of a document (0: 128 or 2048)", low=0)
+
     seed: int = option(0, "fixes weights, order and drawn scenes", low=0, below=2**31)
 
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
@@ -107,12 +117,12 @@ class TrainConfig:
     replicate: int = option(0, "groups of ranks that hold the whole model between them (HSDP); 1: "
                             "one of all ranks (0: one for every machine)", low=0)
     reshard: str = option("yes", "gathered weights are let go of after the forward pass, and "
-                          "gathered again for the backward one", ("yes", "no"))
+                          "gathered again for the backward one", YES_OR_NO)
     prefetch: int = option(0, "blocks whose weights are gathered ahead of the one that computes "
                            "(0: FSDP's own way)", low=0)
     recompute: str = option("none", "what the backward pass computes again instead of keeping it: "
                             "none, all but attention, or full", ("none", "selective", "full"))
-    compile: str = option("no", "torch.compile for every block", ("no", "yes"))
+    compile: str = option("no", "torch.compile for every block", YES_OR_NO)
     timeout: float = option(600.0, "seconds that ranks wait for one that says nothing, before the "
                             "run ends", above=0)
     workers: int = option(1, "data-loading processes per rank", low=0)
@@ -296,7 +306,8 @@ def nearest(n: int, allowed: list[int]) -> str:
 MAY_CHANGE = ("resume", "device", "backend", "workers", "eval_every", "eval_questions",
               "exam_questions", "checkpoint_every", "keep", "max_bad", "micro_batch", "data", "val",
               "init", "vision", "lm", "shard", "replicate", "reshard", "prefetch", "recompute",
-              "compile", "timeout")
+              "compile", "timeout", "plan", "world_size", "gpu", "mfu", "mean_tokens",
+              "longest_tokens")
 
 
 def resumed(given: dict) -> TrainConfig:
@@ -332,13 +343,14 @@ def parse(argv: list[str]) -> TrainConfig:
                     "holds unless said otherwise; a preset, and --data, may choose for themselves.")
     types_of = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
-        kind = types_of[f.name]
-        many = typing.get_origin(kind) is tuple
-        parser.add_argument(
-            flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=help_of(f),
-            type=typing.get_args(kind)[0] if many else kind, nargs="+" if many else None,
-            choices=None if many else f.metadata["choices"] or None,
-        )
+        kind, choices = types_of[f.name], f.metadata["choices"] or None
+        how = dict(type=kind, choices=choices)
+        if typing.get_origin(kind) is tuple:
+            how = dict(type=typing.get_args(kind)[0], nargs="+")
+        elif choices == YES_OR_NO:
+            how |= dict(nargs="?", const="yes")
+        parser.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=help_of(f),
+                            **how)
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if given.get("resume", "auto") != "auto":
@@ -370,7 +382,8 @@ def recipe(given: dict) -> dict:
     if "stages" in given:
         n = len(given["stages"])
         fields |= {name: (fields[name] + n * fields[name][-1:])[:n] for name in PER_STAGE}
-    if preset != "tiny" and given.get("shrink", 1) == 1 and not {"init", "vision"} & given.keys():
+    if preset != "tiny" and given.get("shrink", 1) == 1 and not (
+            {"init", "vision", "plan"} & given.keys()):
         raise ValueError(f"{preset} starts from published weights: give --vision CLIP and --lm "
                          f"LLAMA, or --init FOLDER (none: from nothing)")
     return fields

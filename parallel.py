@@ -149,9 +149,11 @@ def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device |
     weights = {name: p.detach() for name, p in model.named_parameters()}
     device = device or model.embed.device
     model.to("meta", torch.float32)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
     frozen = {p for p in model.parameters() if not p.requires_grad}
-    for parameter in frozen:
-        parameter.data = parameter.data.to(dtype)
     names = ("replicate", "shard") if replicate > 1 else ("shard",)
     sizes = (replicate, world_size() // replicate) if replicate > 1 else (world_size(),)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)

@@ -1,47 +1,118 @@
-"""What a run needs: for now the FLOPs of a training step, for the log's MFU.
+"""What a run needs before it is started: parameters, FLOPs, memory, traffic, days.
 
-One multiply-add is 2 FLOPs. A matrix that is trained costs 3 times its forward pass, one that is
-frozen but lets gradients through 2 times, and one that is frozen with nothing trained below it
-costs its forward pass alone: counting all of them 3 times would flatter a run with frozen parts.
+    python train.py --preset villa-7b --plan --world-size 32 --gpu a100-80gb
+
+Plain formulas; each says what it counts. One multiply-add is 2 FLOPs. A matrix that is trained
+costs 3 times its forward pass, one that is frozen but lets gradients through 2 times, and one that
+is frozen with nothing trained below it costs its forward pass alone: counting all of them 3 times
+would flatter a run with frozen parts.
+
+Letters as in model.py. Memory is that of one GPU at the worst moment, early in the last backward
+pass of a step: all kept activations are there, two blocks are gathered, one's gradients are on
+their way. Later gradients take the activations' place.
 """
 
 import time
+from dataclasses import dataclass, replace
 
 import torch
 
+from config import TrainConfig
+from kernels.loss import chunk_rows
 from model import ModelConfig, VisionLanguageModel
+from optim import freeze
+from presets import PER_STAGE, preset_model
+from weights import shapes
 
-GPU_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, data sheets
+GB = 1e9
+GPUS_A_NODE = 8
+BYTES_A_SAMPLE = 40_000  # a JPEG of some 300 px and its words: an assumption
+TOKENS = {"pretrain": (40, 128), "instruct": (300, 2048)}  # mean and longest sample, assumed
 
 
-def step_flops(model: VisionLanguageModel, n_images: int, n_tokens: int, n_targets: int,
-               frozen: str = "none") -> float:
-    """FLOPs of the matrices in one training step (attention scores, a few percent, left out)."""
-    config: ModelConfig = model.config
-    P, seen = config.vision.n_patches + 1, config.tokens_per_image
+@dataclass(frozen=True)
+class Gpu:
+    """Data sheets: dense bf16 FLOP/s, bytes, and bytes/s to a neighbour and out of the node."""
 
-    def matrices(module) -> int:
-        return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    peak: float
+    memory: float
+    link: float
+    network: float
 
+
+GPUS = {
+    "a100-40gb": Gpu(312e12, 40e9, 300e9, 25e9), "a100-80gb": Gpu(312e12, 80e9, 300e9, 25e9),
+    "h100-80gb": Gpu(989e12, 80e9, 450e9, 50e9), "h200-141gb": Gpu(989e12, 141e9, 450e9, 50e9),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a forward pass works through: different pictures, tokens, learned targets, and how many
+    keys all rows see, words of words and words of picture tokens."""
+
+    images: float
+    tokens: float
+    targets: float
+    word_pairs: float = 0.0
+    picture_pairs: float = 0.0
+
+
+# ----------------------------------------------------------------------------------------- FLOPs
+
+
+def flops(model: VisionLanguageModel, work: Work, frozen: str = "none", recompute: str = "none",
+          ) -> dict[str, float]:
+    """FLOPs of one training step by part. model: may be without memory."""
+    c, v = model.config, model.config.vision
+    trained = {part for part in ("vision", "decoder", "special") if part not in frozen}
+    eye = 3 if "vision" in trained else 1
+    # The rows of special tokens lie at the bottom: if they are trained, gradients reach them.
+    words = 3 if "decoder" in trained else 2 if "special" in trained else pass_share(model)
+    core = 3 if words > 1 else 1
+    again = {"none": 0, "selective": 1, "full": 1}[recompute]
+    P, n_seen = v.n_patches + 1, c.tokens_per_image
     cross = list(model.cross_blocks.values())
     keys_values = sum(matrices(b.attn.k_proj) + matrices(b.attn.v_proj) for b in cross)
-    queries = sum(map(matrices, cross)) - keys_values
-    vision_passes = 1 if "vision" in frozen else 3
-    text_passes = 2 if "decoder" in frozen else 3
-    return 2 * (
-        vision_passes * n_images * P * matrices(model.vision)
-        + 3 * (n_images * seen * keys_values + n_tokens * queries)
-        + text_passes * (n_tokens * matrices(model.blocks) + n_targets * model.head.numel())
-    )
+    d = c.decoder
+    inner, layers = d.n_heads * d.head_dim, d.n_layers
+    parts = {
+        "vision": eye * work.images * (2 * P * matrices(model.vision)
+                                       + 4 * P**2 * v.n_heads * v.head_dim * v.n_layers),
+        "decoder": (words + again) * 2 * work.tokens * matrices(model.blocks)
+        + (core + again) * 4 * work.word_pairs * inner * layers,
+        "head": (3 if "decoder" in trained else 2) * 2 * work.targets * model.head.numel(),
+        "cross-attention": (3 + again) * (
+            2 * work.images * n_seen * keys_values
+            + 2 * work.tokens * (sum(map(matrices, cross)) - keys_values)
+            + 4 * work.picture_pairs * inner * len(cross)),
+    }
+    if c.resampler:
+        r, keys = c.resampler, v.n_tokens + c.resampler.n_latents
+        a_block = matrices(model.resampler.blocks[0].k_proj) * 2 * keys + r.n_latents * (
+            matrices(model.resampler.blocks[0]) - 2 * matrices(model.resampler.blocks[0].k_proj))
+        parts["resampler"] = (3 + again) * work.images * r.n_layers * (
+            2 * a_block + 4 * r.n_latents * keys * r.n_heads * r.head_dim)
+    return parts
+
+
+def pass_share(model: VisionLanguageModel) -> float:
+    """Passes through a frozen decoder whose lowest layers let nothing through: 1 or 2 a layer."""
+    first = min(map(int, model.cross_blocks))
+    return 2 - first / len(model.blocks)
+
+
+def matrices(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of one device: a GPU's by its data sheet, else a large matrix product, measured."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for key, peak in GPU_PEAK.items():
-            if key in name:
-                return peak
+        name = torch.cuda.get_device_name(device).lower()
+        for key, gpu in GPUS.items():
+            if key.split("-")[0] in name:
+                return gpu.peak
     a = torch.randn(1024, 1024, device=device, dtype=dtype)
     a @ a
     best = float("inf")
@@ -50,3 +121,240 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         float((a @ a)[0, 0])
         best = min(best, time.perf_counter() - began)
     return 2 * 1024**3 / best
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def memory(c: TrainConfig, model: VisionLanguageModel, n_ranks: int, n_micro: int, work: Work
+           ) -> dict[str, float]:
+    """Bytes of one GPU by kind, for a micro-batch of this work; the model's frozen parts are so by
+    `requires_grad`."""
+    n_shards = n_ranks // groups(c, n_ranks)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained, frozen = (sum(n for n, of in sizes if of is which) for which in (True, False))
+    only_trained = shards_only_trained(c)
+    blocks = [*model.vision.blocks, *(model.resampler.blocks if model.config.resampler else ()),
+              *model.cross_blocks.values(), *model.blocks]
+    largest = max((count(b, only_trained) for b in blocks), default=0)
+    root = count(model, only_trained) - sum(count(b, only_trained) for b in blocks)
+    root_trained = count(model, True) - sum(count(b, True) for b in blocks)
+    gathered = 2 * (count(model, only_trained) if c.reshard == "no" else root + 2 * largest)
+    reduced = 2 * root_trained + (2 + 4) * largest  # one block's in bf16, and in fp32 on its way
+    return {
+        "weights": 4 * trained / n_shards + 2 * frozen / (1 if only_trained else n_shards),
+        "moments": 8 * trained / n_shards,
+        "gathered weights": gathered if n_ranks > 1 else 2 * trained,
+        "summed gradients": 4 * trained if n_micro > 1 else 0,
+        "gradients in flight": max(reduced, loss_bytes(model, work)),
+        "activations, then gradients": max(activations(c, model, work), 4 * trained / n_shards),
+    }
+
+
+def count(module: torch.nn.Module, trained: bool) -> int:
+    """Parameters, all or only the trained ones."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def activations(c: TrainConfig, model: VisionLanguageModel, work: Work) -> float:
+    """What a forward pass keeps for its backward pass, in bytes: bf16, and the norms' fp32 means.
+
+    Of a block that is trained, the inputs of all its matrices; of a frozen one, only what its
+    norms, its attention and its SwiGLU need; of one with nothing trained below it, nothing.
+    """
+    config, d, v = model.config, model.config.decoder, model.config.vision
+    inner, inner_kv = d.n_heads * d.head_dim, d.n_kv_heads * d.head_dim
+    trained = model.blocks[0].attn.q_proj.weight.requires_grad
+    from_bottom = model.embed.requires_grad or model.special_embed.requires_grad
+    n_blocks = len(model.blocks) - (0 if from_bottom else min(map(int, model.cross_blocks)))
+    attention = 2 * inner + 2 * inner_kv  # queries, outputs; keys, values
+    if trained:  # block input, its norm, the sum, its norm; gate, up, their product
+        block = 4 * d.dim + attention + 3 * d.hidden_dim
+    else:
+        block = 2 * d.dim + attention + 2 * d.hidden_dim
+    cross = 3 * d.dim + 2 * inner  # input, its norm, what the gate multiplies; queries, outputs
+    if d.cross_attn_mlp:
+        cross += 3 * d.dim + 3 * d.hidden_dim
+    seen = work.images * config.tokens_per_image  # picture tokens
+    kept = 2 * len(model.cross_blocks) * (work.tokens * cross + seen * 2 * inner)
+    kept += 2 * n_blocks * work.tokens * block
+    if c.recompute != "none":  # each block's input, and attention's output; one block at a time
+        inputs = d.dim + (inner if c.recompute == "selective" else 0)
+        kept = 2 * (n_blocks + len(model.cross_blocks)) * work.tokens * inputs
+        kept += 2 * work.tokens * max(block, cross)
+    kept += 4 * work.tokens * (n_blocks * (d.n_heads + 2) + len(model.cross_blocks) * d.n_heads)
+    eye = work.images * (v.n_patches + 1)
+    if model.vision.patch_embed.weight.requires_grad:
+        kept += 2 * eye * v.n_layers * (8 * v.dim + 2 * v.hidden_dim)
+    kept += 2 * (2 if config.image_norm and not config.resampler else 1) * seen * v.dim
+    if config.resampler:
+        kept += resampled(config, work.images)
+    # Beside all this, the ViT's own forward pass is small: it is over before the decoder begins.
+    return max(kept + 2 * 3 * work.tokens * d.dim,
+               2 * eye * (3 * v.dim + 2 * v.hidden_dim))
+
+
+def resampled(config: ModelConfig, images: float) -> float:
+    """The same of the resampler."""
+    r, dim = config.resampler, config.vision.dim
+    inner, latents = r.n_heads * r.head_dim, r.n_latents
+    keys = config.vision.n_tokens + latents
+    per_block = (keys * (dim + 2 * inner) + latents * (5 * dim + 2 * inner + 2 * r.hidden_dim))
+    return 2 * images * (r.n_layers * per_block + config.vision.n_tokens * dim)
+
+
+def loss_bytes(model: VisionLanguageModel, work: Work) -> float:
+    """Gradients of the hidden states and, if it is trained, of the head, in fp32 while it is made;
+    logits of a chunk."""
+    rows, dim = model.head.shape
+    table = (4 + 2) * rows * dim if model.head.requires_grad else 0
+    return 2 * work.targets * dim + table + 2 * chunk_rows(rows) * rows
+
+
+# --------------------------------------------------------------------------------------- traffic
+
+
+def traffic(c: TrainConfig, model: VisionLanguageModel, n_ranks: int, n_groups: int, n_micro: int
+            ) -> tuple[float, float]:
+    """Bytes that each GPU receives in a step: within its node, and from other nodes.
+
+    Rings: of S bytes, all-gather and reduce-scatter over n ranks bring (n - 1) / n * S, an
+    all-reduce twice that. Where a ring goes through several nodes, each of their network cards
+    carries one part in GPUS_A_NODE of it.
+    """
+    n_shards, n_trained = n_ranks // n_groups, count(model, True)
+    gathers = 1 if c.reshard == "no" else 2 * n_micro
+    gathered = gathers * 2 * count(model, shards_only_trained(c))
+    inside = (gathered + 4 * n_trained) * (n_shards - 1) / n_shards
+    outside = inside / GPUS_A_NODE if n_shards > GPUS_A_NODE else 0.0
+    outside += 2 * 4 * n_trained / n_shards * (n_groups - 1) / n_groups
+    return inside, outside
+
+
+def groups(c: TrainConfig, n_ranks: int) -> int:
+    """Groups of ranks that hold a whole model each: as asked for, or one a node."""
+    return c.replicate or max(n_ranks // GPUS_A_NODE, 1)
+
+
+def shards_only_trained(c: TrainConfig) -> bool:
+    return c.shard == "trained" or c.shard == "auto" and "decoder" in c.never_trained
+
+
+# -------------------------------------------------------------------------------------- the plan
+
+
+def plan(c: TrainConfig) -> str:
+    """The whole table, of every stage that the config has."""
+    lines = []
+    for stage in range(len(c.stages)):
+        of_stage = replace(c, **{name: getattr(c, name)[stage : stage + 1] for name in PER_STAGE})
+        lines += plan_stage(of_stage, c.stage or stage + 1)
+    return "\n".join(lines)
+
+
+def plan_stage(c: TrainConfig, number: int) -> list[str]:
+    n_ranks, gpu = c.world_size, GPUS[c.gpu]
+    model = shapes(preset_model(c.preset, c.shrink))
+    freeze(model, c.frozen[0])
+    n_micro, batch = c.accumulation(n_ranks), c.batch_size
+    samples = batch // n_ranks // n_micro
+    documents = 2 if model.config.contrastive_dim and c.stages[0] == "pretrain" else 1
+    mean, longest = (work_of(model.config, samples, documents, tokens) for tokens in
+                     (c.mean_tokens or TOKENS[c.stages[0]][0],
+                      c.longest_tokens or TOKENS[c.stages[0]][1]))
+    per_step = flops(model, mean, c.frozen[0], "none")
+    hardware = flops(model, mean, c.frozen[0], c.recompute)
+    per_sample = sum(per_step.values()) / samples
+    rate = c.mfu * gpu.peak * n_ranks / per_sample
+    return [
+        f"{c.preset}, stage {number} ({c.stages[0]}): {n_ranks} x {c.gpu}, batch {batch} = "
+        f"{n_ranks} x {samples} samples x {n_micro} micro-batches, frozen: {c.frozen[0]}",
+        "", *parameter_table(model), "",
+        f"FLOPs of a sample of {documents} x {mean.tokens / samples / documents:.0f} tokens and a "
+        f"picture: "
+        f"{per_sample / 1e12:.2f} T ("
+        + ", ".join(f"{part} {f / samples / 1e12:.2f}" for part, f in per_step.items())
+        + f"; with what is computed again {sum(hardware.values()) / samples / 1e12:.2f})",
+        f"roof {gpu.peak * n_ranks / per_sample:,.0f} samples/s; at {100 * c.mfu:.0f} % MFU "
+        f"{rate:,.0f} samples/s, {batch / rate:.2f} s a step, {rate * BYTES_A_SAMPLE / GB:.2f} "
+        f"GB/s of data",
+        f"{c.stage_steps(0):,} steps = {c.stage_steps(0) * batch / 1e6:,.0f} M samples: "
+        f"{c.stage_steps(0) * batch / rate / 86400:.1f} days", "",
+        *memory_table(c, model, n_micro, mean, longest), "",
+        *traffic_table(c, model, n_micro, batch / rate), ""]
+
+
+def work_of(config: ModelConfig, samples: int, documents: int, tokens: int) -> Work:
+    """A micro-batch of samples with a picture and so many documents each, of which one shows it."""
+    total = samples * tokens * documents
+    return Work(samples, total, total, documents * samples * tokens * (tokens + 1) / 2,
+                samples * tokens * config.tokens_per_image)
+
+
+def parameter_table(model: VisionLanguageModel) -> list[str]:
+    names = {"vision": "ViT", "resampler": "resampler", "cross_blocks": "gated blocks",
+             "blocks": "decoder", "embed": "decoder", "head": "decoder", "norm": "decoder"}
+    total: dict[str, list[int]] = {}
+    for name, p in model.named_parameters():
+        row = total.setdefault(names.get(name.split(".")[0], "rest"), [0, 0])
+        row[0] += p.numel()
+        row[1] += p.numel() * p.requires_grad
+    total["all"] = [sum(column) for column in zip(*total.values(), strict=True)]
+    new = sum(n for part, (n, _) in total.items() if part in ("resampler", "gated blocks", "rest"))
+    return ["| parameters | total | trained |", "| --- | ---: | ---: |",
+            *(f"| {part} | {n / 1e6:,.1f} M | {t / 1e6:,.1f} M |" for part, (n, t) in
+              total.items()), "", f"new, in no published file: {new / 1e6:,.1f} M"]
+
+
+def memory_table(c: TrainConfig, model: VisionLanguageModel, n_micro: int, mean: Work,
+                 longest: Work) -> list[str]:
+    """The table, and whether it fits; if not, the first change of switches that makes it fit."""
+    room = 0.95 * GPUS[c.gpu].memory  # the rest is CUDA's, and what falls between blocks
+    usual, worst = (memory(c, model, c.world_size, n_micro, work) for work in (mean, longest))
+    lines = ["| memory of a GPU, GB | mean | longest |", "| --- | ---: | ---: |",
+             *(f"| {kind} | {usual[kind] / GB:.1f} | {worst[kind] / GB:.1f} |" for kind in usual),
+             f"| **all** | **{sum(usual.values()) / GB:.1f}** | "
+             f"**{sum(worst.values()) / GB:.1f}** |", ""]
+    if sum(worst.values()) <= room:
+        return [*lines, f"It fits: {room / GB:.0f} GB are there."]
+    lines.append(f"It does not fit: {room / GB:.0f} GB are there.")
+    for switches, changed, micro in remedies(c):
+        tokens = micro / (c.batch_size // c.world_size // n_micro)
+        work = Work(*(tokens * getattr(longest, f) for f in Work.__dataclass_fields__))
+        accumulated = c.batch_size // c.world_size // micro
+        needed = sum(memory(changed, model, c.world_size, accumulated, work).values())
+        if needed <= room:
+            return [*lines, f"With {switches} it would: {needed / GB:.1f} GB."]
+    return [*lines, "No switch makes it fit; it needs more GPUs, or larger ones."]
+
+
+def remedies(c: TrainConfig) -> list[tuple[str, TrainConfig, int]]:
+    """Changes that save memory, the cheapest first: their flags, the config, its micro-batch."""
+    micro = c.batch_size // c.world_size // c.accumulation(c.world_size)
+    smaller = [m for m in range(micro, 0, -1) if micro % m == 0]
+    found = []
+    for shard, replicate in (("", 0), ("", 1), ("all", 1)):
+        for recompute in dict.fromkeys((c.recompute, "selective", "full")):
+            for m in smaller:
+                new = {"shard": shard or c.shard, "replicate": replicate or c.replicate,
+                       "recompute": recompute, "reshard": "yes", "micro_batch": m}
+                flags = [f"--{name.replace('_', '-')} {value}" for name, value in new.items()
+                         if value != (micro if name == "micro_batch" else getattr(c, name))]
+                found.append((" ".join(flags), replace(c, **new), m))
+    return found
+
+
+def traffic_table(c: TrainConfig, model: VisionLanguageModel, n_micro: int, step: float
+                  ) -> list[str]:
+    """Full sharding beside HSDP; at the links' speed of the data sheets, of which real ones reach
+    some three quarters."""
+    gpu, n_nodes = GPUS[c.gpu], max(c.world_size // GPUS_A_NODE, 1)
+    lines = ["| a step's traffic of a GPU | in its node, GB | s | between nodes, GB | s |",
+             "| --- | ---: | ---: | ---: | ---: |"]
+    for name, n_groups in {"full sharding": 1, f"HSDP, {n_nodes} groups": n_nodes}.items():
+        inside, outside = traffic(c, model, c.world_size, n_groups, n_micro)
+        lines.append(f"| {name} | {inside / GB:.1f} | {inside / gpu.link:.2f} | "
+                     f"{outside / GB:.1f} | {outside / gpu.network:.2f} |")
+    return [*lines, "", f"A step computes for {step:.2f} s, beside which this goes on; chosen: "
+                        f"{groups(c, c.world_size)} group(s), --shard "
+                        f"{'trained' if shards_only_trained(c) else 'all'}, --reshard {c.reshard}."]

@@ -62,7 +62,8 @@ from parallel import (
     train_step,
     whole,
 )
-from plan import peak_flops, step_flops
+from plan import Work, peak_flops, plan, shards_only_trained
+from plan import flops as step_flops
 from runs import (
     Stopped,
     forget_later_lines,
@@ -110,8 +111,11 @@ class Run:
 
 def main() -> None:
     config, ranks = parse(sys.argv[1:]), this_rank()
-    check_split(config, ranks.size)
-    check_groups(config, ranks.size)
+    n_ranks = config.world_size if config.plan == "yes" else ranks.size
+    check_split(config, n_ranks)
+    check_groups(config, n_ranks)
+    if config.plan == "yes":
+        return print(plan(config))
     with input_errors():
         set_backend(None if config.backend == "auto" else config.backend)
     device = pick_device(config.device, ranks.local)
@@ -170,8 +174,7 @@ def distribute(model: VisionLanguageModel, c: TrainConfig, ranks: Ranks, device:
     if ranks.size == 1 and dtype == torch.float32:
         place(model, device)
         return
-    only_trained = c.shard == "trained" or c.shard == "auto" and "decoder" in c.never_trained
-    shard(model, dtype, device, only_trained=only_trained, reshard=c.reshard == "yes",
+    shard(model, dtype, device, only_trained=shards_only_trained(c), reshard=c.reshard == "yes",
           replicate=c.replicate or ranks.size // ranks.n_local, prefetch=c.prefetch)
 
 
@@ -204,7 +207,8 @@ def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
         seconds = time.perf_counter() - began
         run.seconds += seconds
         n_images = sum(len(b.images) for b in micro) * run.ranks.size
-        flops = step_flops(run.model, n_images, result.n_tokens, result.n_targets, frozen)
+        work = Work(n_images, result.n_tokens, result.n_targets)
+        flops = sum(step_flops(run.model, work, frozen).values())
         log_step(run, {"stage": name, "step": step, **dataclasses.asdict(result), "lr": lr,
                        "ms": 1000 * seconds, "tokens_per_s": result.n_tokens / seconds,
                        "samples_per_s": result.n_samples / seconds,

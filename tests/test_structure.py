@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "parallel": {"vision", "model"},
     "checkpoint": set(),
     "runs": {"model", "tokenizer", "weights", "config", "optim", "start", "checkpoint"},
-    "plan": {"model", "config"},
+    "plan": {"kernels", "model", "weights", "presets", "config", "optim"},
     "scores": set(),
     "eval": {"model", "generate", "weights", "tokenizer", "data", "scores", "world", "formats",
              "config"},
