@@ -8,6 +8,7 @@
                                  opened by us and by transformers; needs 14 GB of disk
     python bench.py data         pictures of tar shards as they come out of the loader, beside
                                  webdataset + Pillow
+    python bench.py train        a training step of a small IDEFICS on the CPU, beside transformers
 
 `--json FILE` appends what was measured as one line. First come the machine and its ceilings, taken
 in the same run: a share of them says more than a number. FLOPs count useful scores only, those
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import bench_data
+import bench_train
 from config import Parser, UserError, input_errors, run_main
 from kernels import (
     attention,
@@ -54,7 +56,7 @@ from weights import filled, read_checkpoint, shapes
 
 def main() -> None:
     parser = Parser(prog="bench.py", description="Measure speed on this machine.")
-    parser.add_argument("what", choices=("kernels", "resources", "load", "data"))
+    parser.add_argument("what", choices=("kernels", "resources", "load", "data", "train"))
     parser.add_argument("--json", metavar="FILE", help="append the record to this file")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each way of each case [2]")
     parser.add_argument("--case", default="", help="only cases with this in their name")
@@ -83,6 +85,8 @@ def main() -> None:
         rows += load(SHAPES[options.shape], max(options.rounds, 1), options.folder)
     if options.what == "data":
         rows += bench_data.data(options.seconds)
+    if options.what == "train":
+        rows += bench_train.train(options.seconds, options.case)
     if options.what == "resources" or (gpu_is_missed and options.what == "kernels"):
         rows += resources()
     if options.json:

@@ -5,15 +5,18 @@ pytest tests/test_bench.py
 
 import io
 import json
+import sys
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import bench
 import bench_data
+import bench_train
 from tests.parity import table
 
 ROOT = Path(__file__).parent.parent
@@ -115,3 +118,50 @@ def test_the_usual_way_makes_what_clip_expects():
     picture = Image.open(io.BytesIO(bench_data.photograph(0, (640, 480))))
     x = bench_data.usual(picture, Random(0))
     assert x.shape == (3, 224, 224) and abs(float(x.mean())) < 1 and 0.1 < float(x.std()) < 2
+
+
+TINY_IDEFICS = bench_train.SIZES | dict(
+    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+    num_attention_heads=2,
+    vision_config=dict(embed_dim=32, image_size=28, patch_size=14, num_hidden_layers=2,
+                       num_attention_heads=2, intermediate_size=48),
+    perceiver_config=bench_train.SIZES["perceiver_config"] | dict(resampler_n_latents=4))
+
+
+def test_a_training_step_is_measured_beside_transformers_whose_losses_agree(capsys):
+    pytest.importorskip("transformers")
+    rows = bench_train.train(0.01, "", TINY_IDEFICS, n_captions=3)
+    printed = capsys.readouterr().out
+    ways = ["ours", "transformers, sdpa", "transformers, eager"]
+    for row, case in zip(rows, bench_train.CASES, strict=True):
+        assert row["case"] in printed and [*row["losses"]] == [*row["seconds"]] == ways
+        assert row["peer"] in ways[1:] and row["ratio"] > 0
+        assert all(0 < low <= middle <= high for low, middle, high in row["seconds"].values())
+        assert 0 < row["trained"] < row["parameters"]
+        mine = row["losses"]["ours"]
+        assert len(mine) == bench_train.CHECKED_STEPS and mine[-1] < mine[0]
+        exact = 1e-5 if case.dtype == torch.float32 else case.tolerance
+        for losses in row["losses"].values():
+            assert losses == pytest.approx(mine, rel=exact)
+    assert rows[0]["padded_tokens"] > rows[0]["tokens"]
+    assert rows[2]["padded_tokens"] == rows[2]["tokens"] == 3 * (32 + 5)
+
+
+def test_losses_that_do_not_agree_are_not_timed(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    bench_train.write_idefics(tmp_path, TINY_IDEFICS)
+    right = bench_train.padded
+
+    def wrong(*args):
+        inputs = right(*args)
+        return inputs | dict(image_attention_mask=0 * inputs["image_attention_mask"])
+
+    monkeypatch.setattr(bench_train, "padded", wrong)
+    with pytest.raises(RuntimeError, match="nothing to compare"):
+        bench_train.compare(bench_train.CASES[0], tmp_path, 0.01, 3)
+
+
+def test_without_transformers_train_says_so_in_one_line(cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, err = cli(bench, "train")
+    assert code == 2 and "pip install transformers" in err and err.count("\n") == 1

@@ -56,8 +56,9 @@ MAY_IMPORT = {
     "sample": {"model", "generate", "vision", "weights", "tokenizer", "data", "formats", "config"},
     "resources": {"kernels", "config"},
     "bench_data": {"vision", "model", "records", "sources", "augment", "data", "weights"},
+    "bench_train": {"kernels", "model", "data", "weights", "config", "parallel"},
     "bench": {"kernels", "vision", "model", "published", "weights", "config", "resources",
-              "bench_data"},
+              "bench_data", "bench_train"},
 }
 OURS = set(MAY_IMPORT)
 THIRD_PARTY = {"torch", "numpy", "sentencepiece", "PIL", "triton", "safetensors", "tqdm"}
