@@ -92,13 +92,14 @@ class TrainConfig:
     max_bad: float = option(0.2, "share of bad samples above which a run gives up", low=0, high=1)
 
     vocab_size: int = option(1000, "most pieces of a tokenizer trained from nothing", low=300)
+    plot: str = option("", "run folder whose curves to draw, into its curves.png")
     plan: str = option("no", "say what the run will need, and do not begin it", YES_OR_NO)
-    world_size: int = option(32, "--plan: number of GPUs", low=1)
-    gpu: str = option("a100-80gb", "--plan: what kind", GPU_NAMES)
-    mfu: float = option(0.5, "--plan: share of the GPUs' peak that is reached", above=0, high=1)
-    mean_tokens: int = option(0, "--plan: of a document (0: 40 for captions, 300 for "
+    world_size: int = option(32, "number of GPUs that --plan is about", low=1)
+    gpu: str = option("a100-80gb", "kind of GPU that --plan is about", GPU_NAMES)
+    mfu: float = option(0.5, "share of the GPUs' peak that --plan counts on", above=0, high=1)
+    mean_tokens: int = option(0, "of a document, for --plan (0: 40 for captions, 300 for "
                               "conversations)", low=0)
-    longest_tokens: int = option(0, "--plan: of a document (0: 128 or 2048)", low=0)
+    longest_tokens: int = option(0, "of the longest document, for --plan (0: 128, 2048)", low=0)
 
     seed: int = option(0, "fixes weights, order and drawn scenes", low=0, below=2**31)
 
@@ -123,7 +124,7 @@ class TrainConfig:
     recompute: str = option("none", "what the backward pass computes again instead of keeping it: "
                             "none, all but attention, or full", ("none", "selective", "full"))
     compile: str = option("no", "torch.compile for every block", YES_OR_NO)
-    timeout: float = option(600.0, "seconds that ranks wait for one that says nothing, before the "
+    timeout: float = option(1800.0, "seconds that ranks wait for one that says nothing, before the "
                             "run ends", above=0)
     workers: int = option(1, "data-loading processes per rank", low=0)
     eval_every: int = option(250, "steps between evaluations (0: only at the end)", low=0)
@@ -307,7 +308,7 @@ MAY_CHANGE = ("resume", "device", "backend", "workers", "eval_every", "eval_ques
               "exam_questions", "checkpoint_every", "keep", "max_bad", "micro_batch", "data", "val",
               "init", "vision", "lm", "shard", "replicate", "reshard", "prefetch", "recompute",
               "compile", "timeout", "plan", "world_size", "gpu", "mfu", "mean_tokens",
-              "longest_tokens")
+              "longest_tokens", "plot")
 
 
 def resumed(given: dict) -> TrainConfig:
@@ -406,5 +407,5 @@ def help_of(f: dataclasses.Field) -> str:
 # One's own data, by default a folder of captioned pictures: one stage, all trained, few steps.
 OWN_DATA = dict(
     stages=("data",), steps=(300,), epochs=(0.0,), lr=(1e-3,), min_lr=(1e-4,), warmup_steps=(20,),
-    warmup_share=(0.2,), frozen=("none",), batch_size=12, eval_every=100,
+    warmup_share=(0.2,), frozen=("none",), batch_size=12, eval_every=100, checkpoint_every=100,
 )

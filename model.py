@@ -308,10 +308,7 @@ class VisionLanguageModel(nn.Module):
 
         features_only: without the token loss, which is then 0.
         """
-        pictures, pooled = self.encode_images(batch)
-        text_end = torch.arange(1, len(batch.tokens) + 1, device=batch.tokens.device)
-        text = Span(batch.text_start, text_end.int(), batch.text_hints)
-        hidden = self.decode(batch.tokens, batch.positions, text, self.image_span(batch), pictures)
+        hidden, pooled = self.hidden_states(batch)
         rows = batch.target_rows[:0] if features_only else batch.target_rows  # (L,)
         targets = batch.targets.index_select(0, rows)
         token_loss, _ = linear_cross_entropy(hidden.index_select(0, rows), self.head, targets,
@@ -321,6 +318,18 @@ class VisionLanguageModel(nn.Module):
             return Output(token_loss, nothing, nothing, token_loss.new_ones(()))
         ret_hidden = hidden.index_select(0, batch.ret_token)  # (R, C)
         return Output(token_loss, *self.contrastive(ret_hidden, pooled))
+
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of every token (T, C), after the last norm, and what encode_images says of pictures."""
+        pictures, pooled = self.encode_images(batch)
+        text_end = torch.arange(1, len(batch.tokens) + 1, device=batch.tokens.device)
+        text = Span(batch.text_start, text_end.int(), batch.text_hints)
+        return self.decode(batch.tokens, batch.positions, text, self.image_span(batch),
+                           pictures), pooled
+
+    def next_logits(self, batch: Batch, rows: Tensor) -> Tensor:
+        """(n, V + n_special): what could follow these rows (n,)."""
+        return self.logits(self.hidden_states(batch)[0].index_select(0, rows))
 
     def encode_images(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What words look at, (I * P, Cv), and one feature of each different picture, (U, E).

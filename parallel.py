@@ -144,7 +144,11 @@ def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device |
     others: of weights that are mapped from files it reads only these.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     weights = {name: p.detach() for name, p in model.named_parameters()}
     device = device or model.embed.device
@@ -164,6 +168,7 @@ def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device |
         fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard,
                     ignored_params=ignored)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    register_fsdp_forward_method(model, "next_logits")
     for i, group in enumerate(groups[:-1] if prefetch else ()):
         group.set_modules_to_forward_prefetch(groups[i + 1 : i + 1 + prefetch])
     model.to_empty(device=device)
@@ -240,9 +245,14 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter whole, gathered from all ranks if it is sharded."""
-    return {name: whole(p) for name, p in model.state_dict().items()}
+def full_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """On the first rank every parameter whole, in its memory, in dtype; on the others nothing."""
+    state = {}
+    for name, parameter in model.state_dict().items():
+        gathered = whole(parameter)  # one after another: all of them would not fit on a GPU
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            state[name] = gathered.to("cpu", dtype)
+    return state
 
 
 def all_sum(values: Tensor) -> Tensor:

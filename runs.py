@@ -11,7 +11,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,9 +133,3 @@ def fingerprint(state: dict[str, Tensor]) -> str:
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         total.update(ends.contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-def forget_later_lines(log: Path, size: int) -> None:
-    """Cut a log back to what it was at the checkpoint; the steps behind it are made again."""
-    if log.is_file() and log.stat().st_size > size:
-        os.truncate(log, size)

@@ -12,6 +12,7 @@ parts they are made of come behind. A stage has its own data, learning rate and 
 learns captions first (everything trained), then conversations (the ViT frozen).
 """
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -42,6 +43,7 @@ from config import (
     run_main,
 )
 from data import Batch, ahead, loader, sample_numbers
+from formats import Document
 from kernels import backend_for, set_backend
 from model import VisionLanguageModel
 from optim import freeze, learning_rate, make_optimizer
@@ -62,11 +64,11 @@ from parallel import (
     train_step,
     whole,
 )
-from plan import Work, peak_flops, plan, shards_only_trained
-from plan import flops as step_flops
+from plan import Work, flops, peak_flops, plan, shards_only_trained
+from plot import plot
+from records import BadRecord
 from runs import (
     Stopped,
-    forget_later_lines,
     left_out,
     resumed_model,
     run_folder,
@@ -77,6 +79,8 @@ from sources import DataSets
 from start import initial_model, new_model, open_data, source, with_steps
 from tally import Tally
 from tokenizer import Tokenizer
+from vision import PictureError
+from watch import ANSWERED, Log, answers, memory_peak
 from weights import save_model
 
 VAL_SAMPLES = 128  # samples of the validation losses
@@ -101,6 +105,7 @@ class Run:
     stopping: threading.Event  # set by Ctrl-C
     frozen: dict  # what no checkpoint has to hold, see runs.left_out
     saver: Saver
+    log: Log
     seconds: float = 0.0  # spent on training and evaluating, earlier sittings included
     reached: float | None = None  # `seconds` when the accuracy first was TARGET
     skipped: int = 0  # steps whose gradient was not finite
@@ -116,6 +121,9 @@ def main() -> None:
     check_groups(config, n_ranks)
     if config.plan == "yes":
         return print(plan(config))
+    if config.plot:
+        with input_errors():
+            return print(plot(Path(config.plot)))
     with input_errors():
         set_backend(None if config.backend == "auto" else config.backend)
     device = pick_device(config.device, ranks.local)
@@ -126,7 +134,7 @@ def main() -> None:
         run, stopped = set_up(config, ranks, device, dtype)
         for number in range(stopped.state.get("stage", 0), len(config.stages)):
             if not train_stage(run, number, stopped):
-                say(run, f"stopped; go on with: python train.py --resume {run.out}")
+                run.log.say(f"stopped; go on with: python train.py --resume {run.out}")
                 break
             stopped = Stopped()
         stop_group()
@@ -154,14 +162,15 @@ def set_up(config: TrainConfig, ranks: Ranks, device: torch.device, dtype: torch
     distribute(model.train(), config, ranks, device, dtype)
     run = Run(config, out, ranks, device, dtype, sets, fingerprint, model, tokenizer,
               peak_flops(device, dtype) * ranks.size, stopping, frozen,
-              Saver(out, config.keep, frozen["names"]), state.get("seconds", 0.0),
-              state.get("reached"), state.get("skipped", 0),
+              Saver(out, config.keep, frozen["names"]), Log(out, ranks.is_first),
+              state.get("seconds", 0.0), state.get("reached"), state.get("skipped", 0),
               earlier=Tally(**state.get("tally", {})))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    say(run, f"{millions:.2f} M parameters, {device.type}, {str(dtype)[6:]}, run folder {out}, "
-             f"{ranks.size} process{'es' * (ranks.size > 1)}, kernels: {backend_for(model.head)}")
+    run.log.say(
+        f"{millions:.2f} M parameters, {device.type}, {str(dtype)[6:]}, run folder {out}, "
+        f"{ranks.size} process{'es' * (ranks.size > 1)}, kernels: {backend_for(model.head)}")
     for note in (*(sets.notes if sets else ()), *stopped.notes):
-        say(run, note)
+        run.log.say(note)
     return run, stopped
 
 
@@ -190,9 +199,9 @@ def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
     optimizer = make_optimizer(run.model, c)
     if stopped.checkpoint:
         restore(run, stopped, optimizer)
-    validation = validation_batches(run, name)
+    validation = validation_of(run, name)
     batches = training_batches(run, name, first_step, n_steps)
-    say(run, f"stage {name}: steps {first_step} to {n_steps}, frozen: {frozen}")
+    run.log.say(f"stage {name}: steps {first_step} to {n_steps}, frozen: {frozen}")
     for step in range(first_step, n_steps):
         began = time.perf_counter()
         micro = [next(batches).to(run.device) for _ in range(n_micro)]
@@ -208,15 +217,18 @@ def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
         run.seconds += seconds
         n_images = sum(len(b.images) for b in micro) * run.ranks.size
         work = Work(n_images, result.n_tokens, result.n_targets)
-        flops = sum(step_flops(run.model, work, frozen).values())
-        log_step(run, {"stage": name, "step": step, **dataclasses.asdict(result), "lr": lr,
-                       "ms": 1000 * seconds, "tokens_per_s": result.n_tokens / seconds,
-                       "samples_per_s": result.n_samples / seconds,
-                       "mfu": flops / seconds / run.peak, "data_wait": waited / seconds})
+        useful, hardware = (sum(flops(run.model, work, frozen, again).values())
+                              for again in ("none", c.recompute))
+        run.log.step({
+            "stage": name, "step": step, **dataclasses.asdict(result), "lr": lr,
+            "ms": 1000 * seconds, "tokens_per_s": result.n_tokens / seconds,
+            "samples_per_s": result.n_samples / seconds, "mfu": useful / seconds / run.peak,
+            "hfu": hardware / seconds / run.peak, "data_wait": waited / seconds,
+            "memory_gb": memory_peak(run.device) / 1e9}, steps_before(run, number) + step)
         count_skipped(run, result.skipped)
         done, val_loss = step + 1, None
         if c.eval_every and done % c.eval_every == 0 and done < n_steps:
-            val_loss = evaluate(run, name, done, validation)
+            val_loss = evaluate(run, number, done, validation)
         stop = asked_to_stop(run)
         if stop or done == n_steps or (c.checkpoint_every and done % c.checkpoint_every == 0):
             save(run, optimizer, number, done, val_loss)
@@ -225,12 +237,14 @@ def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
                 run.saver.finish()
             report_samples(run)
             return False
-    val_loss = evaluate(run, name, n_steps, validation, final=number + 1 == len(c.stages))
+    val_loss = evaluate(run, number, n_steps, validation, final=number + 1 == len(c.stages))
     with input_errors():
         run.saver.finish()
     if run.ranks.is_first and first_step < n_steps:
         mark_best(run.out, latest_checkpoint(run.out), number, val_loss)
     report_samples(run)
+    if run.ranks.is_first:
+        run.log.say(f"curves: {plot(run.out)}")
     return True
 
 
@@ -239,12 +253,11 @@ def restore(run: Run, stopped: Stopped, optimizer: torch.optim.Optimizer) -> Non
     with input_errors():
         load_checkpoint(stopped.checkpoint, run.model, optimizer, run.frozen["names"])
     state, stage = stopped.state, run.config.stages[stopped.state["stage"]]
-    if run.ranks.is_first:
-        forget_later_lines(log_path(run), state["log_size"])
+    run.log.forget(state["log_size"], steps_before(run, state["stage"]) + state["step"])
     files = " and ".join(run.frozen["files"]) if run.frozen["names"] else ""
-    say(run, f"restored from {stopped.checkpoint.name}: weights, moments of the optimizer, random "
-             f"numbers, schedule and data at step {state['step']} of stage {stage}"
-             + f"; frozen weights as they were, from {files}" * bool(files))
+    run.log.say(f"restored from {stopped.checkpoint.name}: weights, moments of the optimizer, "
+                f"random numbers, schedule and data at step {state['step']} of stage {stage}"
+                + f"; frozen weights as they were, from {files}" * bool(files))
 
 
 def count_skipped(run: Run, skipped: bool) -> None:
@@ -252,7 +265,7 @@ def count_skipped(run: Run, skipped: bool) -> None:
     run.skipped += skipped
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
     if skipped:
-        say(run, f"skipped: the gradient is not finite ({run.skipped} such steps so far)")
+        run.log.say(f"skipped: the gradient is not finite ({run.skipped} such steps so far)")
     if run.skipped_in_a_row == SKIPPED_AT_MOST:
         raise UserError(f"{SKIPPED_AT_MOST} steps in a row without a finite gradient; look at the "
                         f"data, or go on from a checkpoint before them in a new run with less --lr")
@@ -261,14 +274,17 @@ def count_skipped(run: Run, skipped: bool) -> None:
 def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int,
          val_loss: float | None) -> None:
     """Begin a checkpoint: weights, moments, where the run stands. The data's state is the step."""
-    c, seen = run.config, tally(run)
+    seen = tally(run)
     state = {"stage": stage, "step": step, "data": run.fingerprint, "frozen": run.frozen,
              "seconds": run.seconds, "reached": run.reached, "skipped": run.skipped,
              "tally": {"reasons": seen.reasons, "files": seen.files},
-             "log_size": log_path(run).stat().st_size if run.ranks.is_first else 0}
-    steps_before = sum(c.stage_steps(i) for i in range(stage))
+             "log_size": run.log.size}
     with input_errors():
-        run.saver.save(steps_before + step, run.model, optimizer, state, val_loss)
+        run.saver.save(steps_before(run, stage) + step, run.model, optimizer, state, val_loss)
+
+
+def steps_before(run: Run, stage: int) -> int:
+    return sum(run.config.stage_steps(i) for i in range(stage))
 
 
 def asked_to_stop(run: Run) -> bool:
@@ -290,7 +306,7 @@ def tally(run: Run) -> Tally:
 def report_samples(run: Run) -> None:
     report = tally(run).report()  # which all ranks make together
     if run.sets:
-        say(run, report)
+        run.log.say(report)
 
 
 def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Iterator[Batch]:
@@ -313,51 +329,81 @@ def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Ite
         yield batch
 
 
-def validation_batches(run: Run, stage: str) -> list[Batch]:
-    """This rank's share of a fixed set of samples that are not trained on, if there are any."""
+@dataclass
+class Validation:
+    """A fixed set of samples that are not trained on, if there are any: this rank's share of it,
+    and some documents whose answers are looked at."""
+
+    batches: list[Batch]
+    documents: list[Document]
+
+
+def validation_of(run: Run, stage: str) -> Validation:
+    """UserError if none of the samples can be used."""
     samples = source(run.config, run.sets, stage, run.model.config, "test")
     n_samples = min(VAL_SAMPLES, len(samples))
     numbers = [list(range(run.ranks.rank, n_samples, run.ranks.size))]
-    batches = loader(samples, run.tokenizer, run.model.config, iter(numbers), workers=0)
-    return [batch.to(run.device) for batch in batches]
+    batches = list(loader(samples, run.tokenizer, run.model.config, iter(numbers), workers=0))
+    seen = Tally()
+    for batch in batches:
+        seen.add(batch.origins)
+    seen = reduce(Tally.merge, gather_objects(seen), Tally())
+    if n_bad := seen.reasons.total():
+        run.log.say(f"validation: {n_bad} of {n_samples} samples left out: "
+                    + ", ".join(f"{n} {reason}" for reason, n in seen.reasons.most_common()))
+    if n_bad == n_samples:
+        raise UserError("none of the samples to validate on can be used, for the reasons above; "
+                        "see them by: python data.py check DATA")
+    documents = []
+    for number in range(n_samples):
+        with contextlib.suppress(BadRecord, PictureError):
+            documents += samples.at(number).documents[:1]
+        if len(documents) == ANSWERED:
+            break
+    return Validation([batch.to(run.device) for batch in batches], documents)
 
 
 # -------------------------------------------------------------------------------- looking at it
 
 
 @torch.no_grad()
-def evaluate(run: Run, stage: str, step: int, validation: list[Batch], final: bool = False
-             ) -> float:
-    """Validation loss with real and with blank pictures, gates, accuracy; at the end the model.
-
-    Returns the loss.
+def evaluate(run: Run, stage: int, step: int, validation: Validation, final: bool = False) -> float:
+    """Validation loss with real and with blank pictures, gates, accuracy, some answers; at the end
+    the model. Returns the loss.
     """
-    began = time.perf_counter()
+    began, name = time.perf_counter(), run.config.stages[stage]
     run.model.eval()
-    real = losses(run.model, validation, 0.0, backward=False)[0][0]
-    blank = [dataclasses.replace(b, images=torch.full_like(b.images, 127)) for b in validation]
+    real = losses(run.model, validation.batches, 0.0, backward=False)[0][0]
+    blank = [dataclasses.replace(b, images=torch.full_like(b.images, 127))
+             for b in validation.batches]
     without = losses(run.model, blank, 0.0, backward=False)[0][0]
+    said = answers(run.model, run.tokenizer, validation.documents, run.device)
     run.model.train()
-    record = {"stage": stage, "step": step, "val_loss": real, "val_loss_blank": without,
-              "gap": without - real, "gates": gates(run.model)}
-    state = full_state(run.model)
+    record = {"stage": name, "step": step, "val_loss": real, "val_loss_blank": without,
+              "gap": without - real, "gates": gates(run.model), "answers": said,
+              "left_out": dict(tally(run).reasons), "skipped_steps": run.skipped}
     line = f"loss {real:.3f}, with blank pictures {without:.3f}, gap {without - real:.3f}"
+    has_exam = name == "instruct" and not run.sets
+    state = full_state(run.model, run.dtype) if final or has_exam else {}
     if final and run.ranks.is_first:  # before the exam, which takes its time
         save_model(run.out / "model", run.model.config, state, run.tokenizer)
-    if run.ranks.is_first and stage == "instruct" and not run.sets:
+    if has_exam and run.ranks.is_first:
         report = drawn_report(run, state, final)
         accuracy = eval.main_accuracy(report["test"])
         line += f", accuracy {100 * accuracy:.1f} %"
         record |= {"accuracy": accuracy, "report": report}
     run.ranks.wait()
     run.seconds += time.perf_counter() - began
-    say(run, f"evaluation at {run.seconds / 60:.1f} min: {line}")
+    run.log.say(f"evaluation at {run.seconds / 60:.1f} min: {line}")
+    for one in said if run.sets else said[:1]:
+        run.log.say(f"  {one['prompt'][-60:]} -> {one['answer'][:60]!r}, wanted "
+                    f"{one['wanted'][:60]!r}")
     if record.get("accuracy", 0.0) >= TARGET and run.reached is None:
         run.reached = run.seconds
-        say(run, f"{100 * TARGET:.0f} % reached after {run.reached / 60:.1f} minutes")
-    write_log(run, {"evaluation": record, "seconds": run.seconds})
+        run.log.say(f"{100 * TARGET:.0f} % reached after {run.reached / 60:.1f} minutes")
+    run.log.write({"evaluation": record, "seconds": run.seconds}, steps_before(run, stage) + step)
     if final:
-        say(run, f"model: {run.out / 'model'}")
+        run.log.say(f"model: {run.out / 'model'}")
     return real
 
 
@@ -372,32 +418,6 @@ def drawn_report(run: Run, state: dict[str, Tensor], final: bool) -> dict:
     (run.out / "exam.json").write_text(json.dumps(report, indent=2) + "\n")
     print(eval.table(report), flush=True)
     return report
-
-
-def log_step(run: Run, record: dict) -> None:
-    """One line on the terminal and one in log.jsonl."""
-    write_log(run, record)
-    r = record
-    say(run, f"{r['stage']} {r['step']:5d} | loss {r['loss']:6.3f} | ret {r['contrastive']:5.2f} "
-             f"{100 * r['contrastive_right']:3.0f}% | norm {r['grad_norm']:6.2f} | "
-             f"lr {r['lr']:.2e} | {r['ms']:5.0f} ms | {r['tokens_per_s']:6.0f} tok/s | "
-             f"{r['samples_per_s']:4.0f} samples/s | MFU {100 * r['mfu']:4.1f}% | "
-             f"wait {100 * r['data_wait']:3.0f}%")
-
-
-def say(run: Run, line: str) -> None:
-    if run.ranks.is_first:
-        print(line, flush=True)
-
-
-def write_log(run: Run, record: dict) -> None:
-    if run.ranks.is_first:
-        with open(log_path(run), "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def log_path(run: Run) -> Path:
-    return run.out / "log.jsonl"
 
 
 # ------------------------------------------------------------------------------------- setting up

@@ -44,15 +44,16 @@ MAY_IMPORT = {
     "config": {"presets", "sources"},
     "parallel": {"vision", "model"},
     "checkpoint": set(),
-    "runs": {"model", "tokenizer", "sources", "weights", "config", "checkpoint"},
-    "plan": {"model", "config"},
+    "runs": {"model", "tokenizer", "weights", "config", "optim", "start", "checkpoint"},
+    "plan": {"kernels", "model", "weights", "presets", "config", "optim"},
     "plot": set(),
     "scores": set(),
     "eval": {"model", "generate", "weights", "tokenizer", "data", "scores", "world", "formats",
              "config"},
-    "train": {"kernels", "model", "tokenizer", "world", "sources", "augment", "tally", "data",
-              "weights", "config", "optim", "parallel", "start", "checkpoint", "runs", "plan",
-              "eval"},
+    "watch": {"model", "tokenizer", "formats", "data"},
+    "train": {"kernels", "vision", "model", "tokenizer", "world", "records", "formats", "sources",
+              "augment", "tally", "data", "weights", "config", "optim", "parallel", "start",
+              "checkpoint", "runs", "plan", "plot", "watch", "eval"},
     "sample": {"model", "generate", "vision", "weights", "tokenizer", "data", "formats", "config"},
     "resources": {"kernels", "config"},
     "bench_data": {"vision", "model", "records", "sources", "augment", "data", "weights"},
@@ -62,7 +63,7 @@ MAY_IMPORT = {
 }
 OURS = set(MAY_IMPORT)
 THIRD_PARTY = {"torch", "numpy", "sentencepiece", "PIL", "triton", "safetensors", "tqdm"}
-OPTIONAL = {"pyarrow"}  # imported where it is used, and named where it is missing
+OPTIONAL = {"pyarrow", "tensorboard"}  # imported where it is used, and named where it is missing
 PEERS = {"flash_attn", "transformers", "webdataset"}  # measured where they are installed
 
 
