@@ -11,9 +11,8 @@ captions and pictures, all parameters trained but those of the vision tower, fus
 The model is idefics-9b (HuggingFaceM4/idefics-9b) with its widths divided by 8, its depths and its
 vocabulary by 4; gates start at 1, so that pictures count from the first step on. A caption is <s>,
 a picture with its two wrappers, 5 to 60 random words and </s>. "equal" captions have 32 words each:
-nothing is padded there, and what is left of the ratio is not due to padding.
-
-Batches are made before. The losses of the first steps must agree, or there is nothing to compare.
+nothing is padded there, and what is left of the ratio is not due to padding. Batches are made
+before. The losses of the first steps must agree, or there is nothing to compare.
 """
 
 import random
@@ -21,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -122,10 +122,9 @@ def padded(documents: list[Encoded], pixels: Tensor, image_id: int) -> dict[str,
     ids, learn, real = (pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
                         for rows in ([d.ids for d in documents], [d.learn for d in documents],
                                      [[True] * len(d.ids) for d in documents]))
-    seen = ((ids == image_id).cumsum(1) > 0) & real
+    seen = (((ids == image_id).cumsum(1) > 0) & real)[..., None]  # (documents, longest, 1)
     return dict(input_ids=ids, attention_mask=real.long(), pixel_values=pixels[:, None],
-                image_attention_mask=seen[..., None].long(),
-                labels=ids.masked_fill(~learn, IGNORE))
+                image_attention_mask=seen.long(), labels=ids.masked_fill(~learn, IGNORE))
 
 
 # ------------------------------------------------------------------------------------ the ways
@@ -148,9 +147,9 @@ def theirs(model: nn.Module, batches: list[dict[str, Tensor]]) -> Step:
     optimizer = adamw(model)
 
     def step(number: int) -> float:
-        inputs = dict(batches[number % len(batches)])
+        inputs = dict(batches[number % len(batches)], use_cache=False)
         labels = inputs.pop("labels")
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**inputs).logits
         loss = model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
@@ -215,7 +214,8 @@ def compare(case: Case, folder: Path, seconds: float, n_captions: int) -> dict:
            "trained": sizes_of(models, trained=True), "losses": losses, "seconds": times,
            "samples_s": {name: n_captions / t[1] for name, t in times.items()},
            "tokens_s": {name: n_tokens / t[1] for name, t in times.items()},
-           "peer": peer, "ratio": times[peer][1] / times["ours"][1]}
+           "transformers": version("transformers"), "peer": peer,
+           "ratio": times[peer][1] / times["ours"][1]}
     show(row)
     return row
 
