@@ -13,6 +13,7 @@ The state of the data in a checkpoint is therefore one integer, whatever the num
 workers was or will be.
 """
 
+import math
 import random
 from fractions import Fraction
 from functools import lru_cache
@@ -20,6 +21,7 @@ from functools import lru_cache
 import numpy as np
 
 WINDOW = 64  # files; of tar shards as img2dataset writes them, more than half a million samples
+MAX_CYCLE = 2**20  # turns in which shares are exact
 MASK = 2**64 - 1
 
 
@@ -100,12 +102,16 @@ class Shares:
     """shares[number] -> (source, number within it): the given shares, exactly, all along.
 
     Each cycle of as many samples as the shares' common denominator holds exactly the share of
-    each source, in an order of its own: of 3/5, 1/5, 1/5 every five samples are 3 + 1 + 1.
+    each source, in an order of its own: of 3/5, 1/5, 1/5 every five samples are 3 + 1 + 1. Shares
+    that need a cycle of more than MAX_CYCLE are rounded to parts of that, none of them to nothing.
     """
 
     def __init__(self, shares: list[Fraction], seed: int):
-        cycle = np.lcm.reduce([share.denominator for share in shares])
-        self.counts, self.seed = [int(share * cycle) for share in shares], seed
+        cycle = min(math.lcm(*(share.denominator for share in shares)), MAX_CYCLE)
+        self.counts, self.seed = [max(int(share * cycle), 1) for share in shares], seed
+        most_lost = sorted(range(len(shares)), key=lambda i: self.counts[i] - shares[i] * cycle)
+        for i in most_lost[: max(cycle - sum(self.counts), 0)]:
+            self.counts[i] += 1
         self.turns = np.repeat(np.arange(len(shares)), self.counts)
 
     @staticmethod

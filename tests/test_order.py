@@ -94,6 +94,19 @@ def test_every_cycle_holds_exactly_the_shares_and_no_source_skips_a_sample(weigh
         assert sorted(numbers) == list(range(len(numbers)))
 
 
+@pytest.mark.parametrize("weights", [
+    ["2170337258", "2905954"], ["0.1234567891", "0.9876543211"], ["0.00000001", "1", "1"],
+    ["12345678901234567890123", "98765432109876543210987", "1"], [str(w) for w in range(1, 60)]])
+def test_shares_that_need_a_long_cycle_are_rounded_and_none_to_nothing(weights):
+    exact = Shares.of(weights)
+    shares = Shares(exact, 0)
+    cycle = len(shares.turns)
+    assert cycle <= 2**20 + len(weights) and min(shares.counts) >= 1
+    assert all(abs(n - share * cycle) <= 1 + len(weights) * share
+               for n, share in zip(shares.counts, exact, strict=True))
+    assert {shares[n][0] for n in range(300)} <= {*range(len(weights))}
+
+
 def test_the_turns_of_sources_follow_no_rhythm():
     shares = Shares(Shares.of(["1", "1"]), 0)
     turns = [shares[n][0] for n in range(2000)]
