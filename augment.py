@@ -4,7 +4,8 @@
     jitter          brightness, contrast and saturation, on the device, a few numbers a picture
 
 What would make the words wrong is left out: mirror images (left and right), other hues (colours),
-and every change of a picture whose words hold a box. (As CLIP's successors train: Radford et al.
+and every change of a picture whose words hold a box; where a model sees the middle of a picture
+alone, boxes are told in what it sees (`boxes_as_seen`). (As CLIP's successors train: Radford et al.
 2021, section 2.4, a random square crop is the only augmentation; the VILA card adds the jitter.)
 
 A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time, so a picture is
@@ -14,7 +15,8 @@ read no larger than the crop needs. Evaluation never does this: vision.preproces
 import math
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -23,12 +25,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from formats import Document, Text
+from boxes import BOX, ORIENTATION, in_crop, middle_square, picture_size, upright_size
+from formats import Document, Ret, Text
+from formats import Image as Shown
 from vision import PictureError, open_image, preprocess, readable, to_rgb
 
 MIN_SIDE = 10  # pixels; less is no picture
 ASPECT = 4 / 3  # a crop is stretched at most by this
-ORIENTATION = 0x0112  # the EXIF tag
 GREY = (0.299, 0.587, 0.114)  # how bright red, green and blue look (ITU-R BT.601)
 
 
@@ -36,7 +39,7 @@ GREY = (0.299, 0.587, 0.114)  # how bright red, green and blue look (ITU-R BT.60
 class Augment:
     """How training pictures are changed; the defaults change nothing."""
 
-    smallest_crop: float = 1.0  # share of the area that is kept at least; 1: evaluation's rule
+    smallest_crop: float = 1.0  # least share of the area drawn, see random_crop; 1: no crop
     jitter: float = 0.0  # factors are drawn from 1 - jitter to 1 + jitter
 
 
@@ -77,7 +80,10 @@ def large_enough(image: Image.Image) -> None:
 
 
 def random_crop(reference: object, size: int, smallest: float, rng: Random) -> Tensor:
-    """A crop of `smallest` to all of a picture's area, resized -> uint8 (3, size, size).
+    """A crop of a picture, resized -> uint8 (3, size, size).
+
+    Drawn are `smallest` to all of the picture's area, and the crop's shape around a square; what
+    is then wider or higher than the picture is clipped, so of one far from square less is kept.
 
     torch resizes bytes several times as fast as Pillow, and by the same filter: one pixel in some
     hundred differs, by one.
@@ -85,8 +91,8 @@ def random_crop(reference: object, size: int, smallest: float, rng: Random) -> T
     with readable(reference) as image:
         large_enough(image)
         orientation = image.getexif().get(ORIENTATION, 1)
-        turned = orientation > 4  # on its side
-        width, height = reversed(image.size) if turned else image.size
+        width, height = upright_size(image)
+        turned = (width, height) != image.size
         area = rng.uniform(smallest, 1) * width * height
         aspect = math.exp(rng.uniform(-math.log(ASPECT), math.log(ASPECT)))
         w, h = min(math.sqrt(area * aspect), width), min(math.sqrt(area / aspect), height)
@@ -123,3 +129,35 @@ def holds_box(documents: list[Document]) -> bool:
     box = re.compile(rf"\[{number},{number},{number},{number}\]")
     return any(isinstance(segment, Text) and box.search(segment.string)
                for document in documents for segment in document)
+
+
+def boxes_as_seen(documents: list[Document], image_size: int) -> list[Document]:
+    """Documents for a model that sees the middle square of each picture: boxes in that square.
+
+    A box belongs to the last picture shown before it, or else to the document's first. BadRecord
+    if more than half of one lies outside.
+    """
+    return [as_seen(document, image_size) if holds_box([document]) else document
+            for document in documents]
+
+
+def as_seen(document: Document, image_size: int) -> Document:
+    pictures = [s.reference for s in document if isinstance(s, Shown | Ret)]
+    picture, told = pictures[0] if pictures else None, []
+    for segment in document:
+        if isinstance(segment, Shown):
+            picture = segment.reference
+        elif isinstance(segment, Text) and picture is not None and BOX.search(segment.string):
+            frame = middle_square(size_of(picture), image_size)
+            if frame != (0, 0, 1, 1):
+                words = BOX.sub(partial(in_crop, frame=frame), segment.string)
+                segment = replace(segment, string=words)
+        told.append(segment)
+    return told
+
+
+def size_of(reference: object) -> tuple[int, int]:
+    """(width, height) of a picture however it is given."""
+    if isinstance(reference, np.ndarray):
+        return reference.shape[1], reference.shape[0]
+    return reference.size if isinstance(reference, Image.Image) else picture_size(reference)

@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from augment import Augment, Picture, holds_box, jitter, ready
-from formats import Document, Image, Ret, Text
+from augment import Augment, Picture, boxes_as_seen, holds_box, jitter, ready
+from formats import Document, Image, Ret, Text, is_page, without_last
 from kernels import IGNORE, AttentionHints, attention_hints
 from records import BadRecord, hash_of
 from tally import Origin
@@ -306,9 +306,7 @@ class Samples(Dataset):
         try:
             sample = self.source.at(index)
             origin = Origin(sample.file, sample.key)
-            documents = self.encoded(sample.documents)
-            changed = self.augment and not holds_box(sample.documents)
-            return origin, self.with_pixels(documents, sample.rng if changed else None)
+            return origin, self.made_of(sample)
         except (BadRecord, PictureError) as error:
             known = getattr(error, "key", "") or str(index)
             origin = origin or Origin(self.source.file(index), known)
@@ -316,20 +314,32 @@ class Samples(Dataset):
                     else f"{origin.file} {origin.key}: {error.details}")
             return replace(origin, reason=error.reason, line=line), []
 
+    def made_of(self, sample) -> list[Encoded]:
+        changed = self.augment and not holds_box(sample.documents)
+        return self.with_pixels(self.encoded(sample.documents), sample.rng if changed else None)
+
     def encoded(self, documents: list[Document]) -> list[Encoded]:
+        size, resize, _ = self.picture_rule
+        if resize == "crop":
+            documents = boxes_as_seen(documents, size)
         has_ret = self.tokenizer.ret_id is not None  # a published vocabulary may have none
         return [self.fitting(document) for document in documents
                 if has_ret or not any(isinstance(segment, Ret) for segment in document)]
 
     def fitting(self, document: Document) -> Encoded:
-        """A document's tokens; of one that is too long, as many of the things learned as fit."""
+        """A document's tokens, if it is too long as many as fit: of a page the first ones, of a
+        conversation whole turns."""
         encoded, limit = encode(document, self.tokenizer), self.decoder.max_seq_len
-        n = len(encoded.ids)
-        while len(encoded.ids) > limit:
-            if not (document := without_last(document)):
-                raise BadRecord("too long", f"a document of {n} tokens, longer than max_seq_len "
-                                            f"{limit}")
-            encoded = encode(document, self.tokenizer)
+        n, page = len(encoded.ids), is_page(document)
+        while encoded and len(encoded.ids) > limit:
+            if page:
+                encoded = cut(encoded, limit, self.tokenizer.image_id)
+            else:
+                document = without_last(document)
+                encoded = encode(document, self.tokenizer) if document else None
+        if not encoded:
+            raise BadRecord("too long", f"a document of {n} tokens, longer than max_seq_len "
+                                        f"{limit}")
         n, most = len(encoded.images), self.decoder.max_images
         if most and n > most:
             raise BadRecord("too many pictures", f"a document of {n} pictures, more than "
@@ -355,19 +365,20 @@ class Samples(Dataset):
                 for document in documents]
 
 
-def without_last(document: Document) -> Document:
-    """A document without the last thing in it that is learned, and what stands around that.
+def cut(encoded: Encoded, limit: int, image_id: int) -> Encoded | None:
+    """The first `limit` tokens, without an end; of a search, its first words and its <ret> </s>.
 
-    >>> cat, dog = Text("a cat", learn=True), Text("a dog", learn=True)
-    >>> without_last([Text("What?"), cat, Text("What else?"), dog]) == [Text("What?"), cat]
-    True
+    None: no picture is among them, or nothing that is learned.
     """
-    learned = [getattr(segment, "learn", False) for segment in document]
-    end = len(document)
-    for kind in (False, True, False):  # what follows the last answer, the answer, the question
-        while end and learned[end - 1] is kind:
-            end -= 1
-    return document[:end]
+    if not encoded.images:
+        ((_, reference),) = encoded.rets
+        return Encoded(encoded.ids[: limit - 2] + encoded.ids[-2:],
+                       encoded.learn[: limit - 2] + encoded.learn[-2:], [],
+                       [(limit - 2, reference)])
+    ids, learn = encoded.ids[:limit], encoded.learn[:limit]
+    shown = encoded.images[: ids.count(image_id)]
+    rets = [(place, reference) for place, reference in encoded.rets if place < limit]
+    return Encoded(ids, learn, shown, rets) if shown and any(learn) else None
 
 
 def sample_numbers(

@@ -14,7 +14,6 @@ set has which. What cannot be used raises BadRecord with a reason that is counte
 """
 
 import base64
-import json
 import os
 import re
 from collections import Counter
@@ -24,9 +23,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-import PIL.Image
-
-from records import BadRecord
+from boxes import BOX, picture_size, pixel_box, unpadded
+from records import BadRecord, parsed
 from tokenizer import answer_pieces, question_pieces
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -89,6 +87,36 @@ def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "
     return document
 
 
+def without_last(document: Document) -> Document:
+    """A document without the last thing in it that is learned, and what stands around that.
+
+    >>> cat, dog = Text("a cat", learn=True), Text("a dog", learn=True)
+    >>> without_last([Text("What?"), cat, Text("What else?"), dog]) == [Text("What?"), cat]
+    True
+    """
+    learned = [getattr(segment, "learn", False) for segment in document]
+    end = len(document)
+    for kind in (False, True, False):  # what follows the last answer, the answer, the question
+        while end and learned[end - 1] is kind:
+            end -= 1
+    return document[:end]
+
+
+def is_page(document: Document) -> bool:
+    """Whether it is a caption, its search or an interleaved page: something that may end anywhere.
+
+    In a conversation words are given behind the first picture, too.
+
+    >>> [is_page(document) for document in caption_documents("cat.jpg", "a red cat")]
+    [True, True]
+    """
+    if [type(segment) for segment in document] == [Text, Ret]:
+        return True
+    shown = [i for i, segment in enumerate(document) if isinstance(segment, Image)]
+    return bool(shown) and not any(isinstance(segment, Text) and not segment.learn
+                                   for segment in document[shown[0] :])
+
+
 # ------------------------------------------------------------------------- what readers work with
 
 
@@ -138,10 +166,13 @@ def one_line(text: object) -> str:
     return line
 
 
+FORGIVEN = 3  # bytes of a text that are not UTF-8
+
+
 def words_of(content: bytes) -> str:
     """The text of a caption's file. A few bytes that are not UTF-8 are forgiven, more are not."""
     text = content.decode("utf-8-sig", errors="replace")
-    if text.count("\ufffd") > 3:
+    if text.count("\ufffd") > FORGIVEN:
         raise BadRecord("not UTF-8", "the caption's bytes")
     return one_line(text)
 
@@ -169,7 +200,7 @@ def read_pair(sample: dict, reading: Reading) -> list[Document]:
         raise BadRecord("no picture in the sample", " ".join(sample))
     about = parse(sample.get("json", b"{}"))
     sides = [about.get(f"original_{side}") for side in ("width", "height")]
-    if any(isinstance(side, int) and side < MIN_ORIGINAL for side in sides):
+    if any(isinstance(side, int | float) and side < MIN_ORIGINAL for side in sides):
         raise BadRecord("tiny original", f"{sides[0]} x {sides[1]} pixels")
     if isinstance(about.get("top_caption"), str):
         caption = one_line(about["top_caption"])
@@ -184,11 +215,16 @@ def read_pair(sample: dict, reading: Reading) -> list[Document]:
 
 
 def parse(content: bytes) -> dict:
-    """A JSON object; BadRecord if it is none."""
+    """A JSON object; BadRecord if it is none. A few bytes that are not UTF-8 are forgiven here,
+    too."""
     try:
-        entry = json.loads(content)
+        entry = parsed(content)
     except ValueError:
         raise BadRecord("not JSON", "") from None
+    if not content.isascii():
+        seen = content.decode(errors="replace").count("\ufffd")
+        if seen - content.count("\ufffd".encode()) > FORGIVEN:
+            raise BadRecord("not UTF-8", "the entry's bytes")
     if not isinstance(entry, dict):
         raise BadRecord("not as its format", f"{type(entry).__name__} instead of an object")
     return entry
@@ -224,9 +260,6 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, str]]:
 
 
 # -------------------------------------------------------------------------------- conversations
-
-
-BOX = re.compile(r"\[\s*([01]?\.\d+|[01])((?:\s*,\s*(?:[01]?\.\d+|[01])){3})\s*\]")
 
 
 def read_llava(entry: dict, reading: Reading) -> list[Document]:
@@ -266,34 +299,6 @@ def read_blip(entry: dict, reading: Reading) -> list[Document]:
     if not isinstance(turns, list) or len(turns) < 2 or not isinstance(turns[1], dict):
         raise BadRecord("not as its format", "no list of conversations")
     return caption_documents(reading.picture(entry.get("image")), one_line(turns[1].get("value")))
-
-
-def picture_size(path: str) -> tuple[int, int]:
-    """(width, height) by the picture's header alone."""
-    try:
-        with PIL.Image.open(path) as picture:
-            return picture.size
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
-        raise BadRecord("damaged picture", path) from None
-
-
-def box_text(x1: float, y1: float, x2: float, y2: float) -> str:
-    """Fractions of width and height, clipped to the picture -> as they are written.
-
-    >>> box_text(0.61, 0.36, 0.925, 1.2)
-    '[0.610, 0.360, 0.925, 1.000]'
-    """
-    return "[" + ", ".join(f"{min(max(value, 0.0), 1.0):.3f}" for value in (x1, y1, x2, y2)) + "]"
-
-
-def unpadded(match: re.Match, size: tuple[int, int]) -> str:
-    """A box in the frame padded to a square -> the same in the picture's own width and height."""
-    width, height = size
-    longer = max(size)
-    left, top = (longer - width) // 2, (longer - height) // 2
-    x1, y1, x2, y2 = map(float, re.findall(r"[\d.]+", match[0]))
-    return box_text((x1 * longer - left) / width, (y1 * longer - top) / height,
-                    (x2 * longer - left) / width, (y2 * longer - top) / height)
 
 
 ONE_WORD = "Answer the question using a single word or phrase."
@@ -389,14 +394,6 @@ def read_regions(entry: dict, reading: Reading) -> list[Document]:
     return [chat_document(grounding_turns([path], chosen, reading.rng), reading.chat)]
 
 
-def pixel_box(x: float, y: float, width: float, height: float, size: tuple[int, int]) -> str:
-    """A box in pixels -> as it is written; "" if nothing of it lies in the picture."""
-    x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + width, size[0]), min(y + height, size[1])
-    if not (x1 < x2 and y1 < y2):  # as it is with NaN
-        return ""
-    return box_text(x1 / size[0], y1 / size[1], x2 / size[0], y2 / size[1])
-
-
 def grounding_turns(pictures: list, phrases: list[tuple[str, str]], rng: Random) -> list[tuple]:
     """(phrase, box) pairs -> turns that ask for the box or, by a draw, for the phrase."""
     turns = []
@@ -447,7 +444,7 @@ def mmc4_picture(info: dict, reading: Reading) -> bytes | str | None:
             return content if len(content) >= MIN_BYTES else None
         path = reading.picture(str(info.get("image_name")))
         return path if os.path.getsize(path) >= MIN_BYTES else None
-    except (BadRecord, ValueError, TypeError):
+    except (BadRecord, OSError, ValueError, TypeError):
         return None
 
 
@@ -661,7 +658,7 @@ def format_of(path: str) -> str:
                          f"name.jpg + name.txt; unpack it if it is packed")
     with open(path, "rb") as file:
         try:
-            entry = json.loads(next(filter(bytes.strip, file), b""))
+            entry = parsed(next(filter(bytes.strip, file), b""))
         except ValueError:
             entry = None
     for field_name, name in BY_FIELD.items():

@@ -11,6 +11,7 @@ read-only), 16 bytes a record, and sample n is then one read of its bytes, on an
     header   64 bytes: what was indexed (size, time of change), how many rows of each part
     rows     offset u64, length u32, hash of the key u32:
              first the records to train on, then those held out, then those that cannot be used
+             (of JSON, what the reader says; and whatever is longer than 4 GiB)
 
 One record of a thousand is held out by the hash of its key: the same on every machine, whatever
 the order of the samples. Tar members are named and grouped as webdataset does it, img2dataset's
@@ -19,13 +20,17 @@ layout among others; https://github.com/webdataset/webdataset.
 
 import hashlib
 import json
+import math
 import mmap
 import os
+import platform
 import re
 import struct
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -40,6 +45,9 @@ ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("hash", "<u4")])
 HEADER = struct.Struct("<8sQQIQQQI8x")  # magic, size, time, about, rows of each part, cut off
 MAGIC = b"records1"
 OPEN_FILES = 256  # kept open, of each kind
+MAX_NAMES = 10_000_000  # that a pattern may stand for
+MAX_LENGTH = 2**32 - 1  # bytes of a record
+KEY_ROOM = 4096  # bytes in which an entry's key and what parts it from the entry have to fit
 
 
 class BadRecord(ValueError):
@@ -55,14 +63,21 @@ class BadRecord(ValueError):
 
 def hash_of(key: str) -> int:
     """A key -> 32 bits, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(key.encode(errors="replace"), digest_size=4).digest())
+    return int.from_bytes(hashlib.blake2b(encodable(key).encode(), digest_size=4).digest())
+
+
+def encodable(text: str) -> str:
+    """Text that UTF-8 can hold: half a character, as texts cut by length have, becomes U+FFFD."""
+    return re.sub(r"[\ud800-\udfff]", "\ufffd", text)
 
 
 # ------------------------------------------------------------------------------- names of files
 
 
 def expand(pattern: str) -> list[str]:
-    """Braces and `::` -> names, as webdataset expands them.
+    """Braces around a list or numbers, and `::` -> names, in webdataset's order.
+
+    Braces in braces and ranges of letters are not expanded. ValueError above MAX_NAMES names.
 
     >>> expand("a/{00..02}.tar::b.tar")
     ['a/00.tar', 'a/01.tar', 'a/02.tar', 'b.tar']
@@ -75,6 +90,8 @@ def expand(pattern: str) -> list[str]:
 def expand_braces(pattern: str) -> list[str]:
     parts = re.split(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)  # text, braces, text ...
     choices = [[part] if i % 2 == 0 else alternatives(part) for i, part in enumerate(parts)]
+    if math.prod(map(len, choices)) > MAX_NAMES:
+        raise ValueError(f"{pattern}: stands for more than {MAX_NAMES:,} names")
     return ["".join(chosen) for chosen in product(*choices)]
 
 
@@ -87,6 +104,8 @@ def alternatives(inside: str) -> list[str]:
     padded = [end for end in (first, last) if re.match(r"-?0\d", end)]
     width = max(map(len, (first, last))) if padded else 0
     low, high, by = int(first), int(last), abs(int(step or 1)) or 1
+    if abs(high - low) // by >= MAX_NAMES:
+        raise ValueError(f"{{{inside}}}: stands for more than {MAX_NAMES:,} names")
     values = range(low, high + 1, by) if low <= high else range(low, high - 1, -by)
     return [f"{value:0{width}d}" for value in values]
 
@@ -120,7 +139,7 @@ def tar_members(data: bytes | mmap.mmap, start: int = 0, known: bool = False
             return
         if not known and not right_sum(header):
             raise CutOff
-        kind, size = header[156:157], octal(header[124:136])
+        kind, size = header[156:157], size_of(header[124:136])
         offset = place + BLOCK
         if kind in (b"L", b"K", b"x", b"g"):  # headers about the next member, or about all
             content = data[offset : offset + size]
@@ -129,7 +148,7 @@ def tar_members(data: bytes | mmap.mmap, start: int = 0, known: bool = False
             elif kind == b"x":
                 named = pax_records(content)
                 long_name = named.get(b"path", long_name)
-                long_size = int(named[b"size"]) if b"size" in named else None
+                long_size = size_of(named[b"size"], 10) if b"size" in named else None
         else:
             size = size if long_size is None else long_size
             if offset + size > len(data):
@@ -149,18 +168,21 @@ def right_sum(header: bytes) -> bool:
     Adler-32's lower half is one more than the sum, modulo 65521, and is computed at once.
     """
     field = header[148:156]
-    total = octal(field) + sum(field) - len(field) * ord(" ")
+    total = size_of(field) + sum(field) - len(field) * ord(" ")
     return zlib.adler32(header) & 0xFFFF == (total + 1) % 65521
 
 
-def octal(field: bytes) -> int:
-    """A number in a tar header: octal digits, or base 256 behind a first byte of 0x80."""
-    if field[0] & 0x80:
+def size_of(field: bytes, base: int = 8) -> int:
+    """A number in a tar header: digits, or base 256 behind a first byte of 0x80; CutOff if none."""
+    if field[:1] >= b"\x80":
         return int.from_bytes(field[1:])
+    digits = field.strip(b" \0") or b"0"
     try:
-        return int(field.strip(b" \0") or b"0", 8)
+        if digits.isdigit():  # int() would also take a sign
+            return int(digits, base)
     except ValueError:
-        raise CutOff from None
+        pass
+    raise CutOff
 
 
 def short_name(header: bytes) -> bytes:
@@ -172,7 +194,7 @@ def short_name(header: bytes) -> bytes:
 def pax_records(content: bytes) -> dict[bytes, bytes]:
     """b"22 path=some/name.jpg\\n" and so on -> {b"path": b"some/name.jpg"}; lengths come first."""
     records = {}
-    while length := re.match(rb"\d+(?= )", content):
+    while (length := re.match(rb"\d{1,9}(?= )", content)) and int(length[0]) > length.end():
         record, content = content[: int(length[0])], content[int(length[0]) :]
         name, _, value = record[length.end() + 1 : -1].partition(b"=")
         records[name] = value
@@ -221,16 +243,22 @@ def tar_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str]]:
 def read_sample(span: bytes) -> dict[str, bytes]:
     """A sample's bytes -> {"__key__": ..., extension: content}; of two same extensions the first.
 
-    Raises BadRecord for a name that would lead out of a folder it were unpacked into.
+    Raises BadRecord for a name that would lead out of a folder it were unpacked into, and for
+    what is no sample any more.
     """
     sample: dict = {}
     padded = span + bytes(-len(span) % BLOCK + 2 * BLOCK)
-    for member in tar_members(padded, known=True):
-        if named := key_and_extension(member.name):
-            if member.name.startswith("/") or ".." in member.name.split("/"):
-                raise BadRecord("path outside", member.name)
-            sample.setdefault("__key__", named[0])
-            sample.setdefault(named[1], padded[member.offset : member.offset + member.size])
+    try:
+        for member in tar_members(padded, known=True):
+            if named := key_and_extension(member.name):
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    raise BadRecord("path outside", encodable(member.name))
+                sample.setdefault("__key__", encodable(named[0]))
+                sample.setdefault(named[1], padded[member.offset : member.offset + member.size])
+    except CutOff:
+        raise BadRecord("file changed") from None
+    if not sample:
+        raise BadRecord("file changed")
     return sample
 
 
@@ -240,11 +268,26 @@ def read_sample(span: bytes) -> dict[str, bytes]:
 KEY_FIELDS = ("id", "question_id", "ref_id", "key", "image_id", "question_index", "url")
 
 
-def key_of(entry: object, number: int) -> str:
+def key_of(entry: object, number: int | str) -> str:
     """An entry's own id, or else its number in the file."""
     fields = entry if isinstance(entry, dict) else {}
     return next((str(fields[name]) for name in KEY_FIELDS
                  if isinstance(fields.get(name), str | int)), str(number))
+
+
+def parsed(content: bytes) -> object:
+    """JSON -> its value. ValueError if it is none.
+
+    Bytes that are no UTF-8 and halves of characters (`"\\ud83d"`) become U+FFFD.
+    """
+    text = content.decode("utf-8-sig", errors="replace")
+    try:
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # maybe without its other half
+            value = json.loads(encodable(json.dumps(value, ensure_ascii=False)))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    return value
 
 
 def jsonl_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str | None]]:
@@ -262,7 +305,7 @@ def json_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str | 
     """(offset, length, key) of the elements of a list, or of the values of an object by key.
 
     where: the top-level key under which the list stands; "": the file is the list, or the object.
-    ValueError where it breaks off.
+    ValueError where it breaks off, and if more than one value stands in it.
     """
     reader = JsonReader(data)
     if where:
@@ -275,6 +318,8 @@ def json_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str | 
     while not reader.closes():
         key = reader.key() if named else None
         yield *reader.value()[:2], key
+    if not where and not reader.ends():
+        raise ValueError("holds more than one value; if each line is one, name it .jsonl")
 
 
 BOM = b"\xef\xbb\xbf"  # that some editors put in front of UTF-8
@@ -284,7 +329,7 @@ class JsonReader:
     """Goes through a JSON file that may be larger than memory, value by value.
 
     A piece of it is in memory, decoded as Latin-1, in which one byte is one character: places in
-    the text are offsets in the file. Only names of keys are believed; a value's words are not.
+    the text are offsets in the file, and words are read again from there.
     """
 
     def __init__(self, data: mmap.mmap, size: int = 2**24):
@@ -316,8 +361,18 @@ class JsonReader:
     def closes(self) -> bool:
         return self.next() in "]}"
 
+    def ends(self) -> bool:
+        """Whether nothing follows the bracket that stands here."""
+        self.place += 1
+        try:
+            self.next()
+        except ValueError:
+            return True
+        return False
+
     def key(self) -> str:
-        key = self.value()[2]
+        offset, length, _ = self.value()
+        key = parsed(self.data[offset : offset + length])
         if not isinstance(key, str) or self.next() != ":":
             raise ValueError(f"has no key at byte {self.start + self.place}")
         self.place += 1
@@ -334,8 +389,8 @@ class JsonReader:
                 if at_end or self.text[end : end + 1] in (*",:]} \t\r\n",):  # else it may go on
                     offset, self.place = self.start + self.place, end
                     return offset, self.start + end - offset, value
-            except json.JSONDecodeError:
-                if at_end:
+            except (json.JSONDecodeError, RecursionError) as error:
+                if at_end or isinstance(error, RecursionError):
                     raise ValueError(f"is not JSON at byte {self.start + self.place}") from None
             size *= 1 + (self.place == 0)  # an entry longer than all that is in memory
             self.fill(self.start + self.place, size)
@@ -347,10 +402,11 @@ class JsonReader:
 KINDS = {".tar": tar_records, ".jsonl": jsonl_records, ".json": json_records}
 
 
-def index_path(path: str, where: str) -> str:
-    """Where a file's index stands: beside it, or in a cache folder if it is nobody's to write."""
-    name = f"{path}.{where}.idx" if where else f"{path}.idx"
-    if os.path.exists(name) or os.access(os.path.dirname(path) or ".", os.W_OK):
+def index_path(path: str, where: str, about: int = 0) -> str:
+    """Where a file's index stands: beside it, or in a cache folder if that place is nobody's to
+    write and no index there is current."""
+    name = ".".join(filter(None, (path, where, f"{about:08x}" * (about != 0), "idx")))
+    if os.access(os.path.dirname(path) or ".", os.W_OK) or header_in(name, path, about):
         return name
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     hashed = hashlib.blake2b(os.path.abspath(name).encode(), digest_size=16).hexdigest()
@@ -359,8 +415,12 @@ def index_path(path: str, where: str) -> str:
 
 def read_header(path: str, where: str, about: int) -> tuple[tuple[int, ...], bool] | None:
     """(numbers of rows, whether the file is cut off); None: there is no index, or an old one."""
+    return header_in(index_path(path, where, about), path, about)
+
+
+def header_in(index: str, path: str, about: int) -> tuple[tuple[int, ...], bool] | None:
     try:
-        with open(index_path(path, where), "rb", buffering=0) as file:
+        with open(index, "rb", buffering=0) as file:
             magic, *of, n_train, n_held_out, n_unusable, cut = HEADER.unpack(file.read(64))
     except (OSError, struct.error):
         return None
@@ -374,6 +434,11 @@ def identity(path: str, about: int) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, about
 
 
+def unfinished(path: str) -> str:
+    """The name of a file while this process writes it: no other's, on no machine."""
+    return f"{path}.{platform.node()}.{os.getpid()}.part"
+
+
 def write_index(path: str, where: str, usable: Callable | None, about: int) -> None:
     """Find all records of a file. ValueError names the file if it is no JSON, or cut-off JSON."""
     parts, cut = ([], [], []), False
@@ -382,37 +447,32 @@ def write_index(path: str, where: str, usable: Callable | None, about: int) -> N
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         try:
             for offset, length, key in KINDS[Path(path).suffix](data, where):
-                part = 0
+                part = 2 * (length > MAX_LENGTH)
                 if not path.endswith(".tar"):
-                    entry = parsed(data[offset : offset + length])
+                    entry = None
+                    with suppress(ValueError):  # which is counted when it is to be read
+                        entry = parsed(data[offset : offset + length])
                     key = key or key_of(entry, sum(map(len, parts)))
-                    part = 2 * (usable is not None and entry is not None and not usable(entry))
+                    if usable is not None and entry is not None and not usable(entry):
+                        part = 2
                 hashed = hash_of(key)
-                parts[part or hashed % HELD_OUT == 0].append((offset, length, hashed))
+                row = offset, min(length, MAX_LENGTH), hashed
+                parts[part or hashed % HELD_OUT == 0].append(row)
         except CutOff:
             cut = True
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     rows = np.concatenate([np.array(part, ROW) for part in parts])
     header = HEADER.pack(MAGIC, *identity(path, about), *map(len, parts), cut)
-    target = index_path(path, where)
-    unfinished = f"{target}.{os.getpid()}.part"
+    target = index_path(path, where, about)
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        with open(unfinished, "wb") as file:
+        with open(unfinished(target), "wb") as file:
             file.write(header + rows.tobytes())
-        os.replace(unfinished, target)
+        os.replace(unfinished(target), target)
     except OSError as error:
         raise ValueError(f"{target}: the index cannot be written: {error.strerror}; set "
                          f"XDG_CACHE_HOME to a folder that has room and can be written") from None
-
-
-def parsed(line: bytes) -> object:
-    """JSON -> its value; None: it is none, which is counted when it is to be read."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 class Records:
@@ -427,7 +487,7 @@ class Records:
 
     def __init__(self, paths: list[str], where: str = "", usable: Callable | None = None,
                  about: int = 0, again: bool = False):
-        self.paths, self.where = paths, where
+        self.paths = paths
         missing = [path for path in paths if again or not read_header(path, where, about)]
         build = partial(write_index, where=where, usable=usable, about=about)
         if missing:
@@ -436,19 +496,54 @@ class Records:
                 list(tqdm(each(build, missing), "indexing", len(missing), unit=" files"))
             open_rows.cache_clear()
             open_file.cache_clear()
+        self.indexes = [index_path(path, where, about) for path in paths]
         headers = [read_header(path, where, about) for path in paths]
         self.counts = np.array([counts for counts, _ in headers], np.int64).reshape(-1, 3)
         self.cut = np.array([cut for _, cut in headers], bool)
 
     def read(self, file: int, row: int) -> bytes:
-        offset, length, _ = self.rows(file)[row].tolist()
-        span = os.pread(open_file(self.paths[file]).fileno(), length, offset)
-        if len(span) != length:
+        return self.span(file, *self.place(file, row))
+
+    def place(self, file: int, row: int) -> tuple[int, int]:
+        """(offset, length)"""
+        rows = self.rows(file)
+        if row >= len(rows):  # somebody else has indexed it anew
             raise BadRecord("file changed", self.paths[file])
+        offset, length, _ = rows[row].tolist()
+        return offset, length
+
+    def span(self, file: int, offset: int, length: int) -> bytes:
+        path = self.paths[file]
+        try:
+            span = os.pread(open_file(path).fileno(), length, offset)
+        except OSError as error:
+            raise BadRecord("cannot be read", f"{path}: {error.strerror}") from None
+        if len(span) != length:
+            raise BadRecord("file changed", path)
         return span
 
     def rows(self, file: int) -> np.ndarray:
-        return open_rows(index_path(self.paths[file], self.where))
+        try:
+            return open_rows(self.indexes[file])
+        except OSError as error:
+            raise BadRecord("cannot be read", f"{error.filename}: {error.strerror}") from None
+
+    def key(self, file: int, row: int, entry: object) -> str:
+        """An entry's key: what it stands under in an object, else its own, else its number."""
+        offset, _ = self.place(file, row)
+        if self.paths[file].endswith(".json"):
+            room = min(offset, KEY_ROOM)
+            before = re.search(rb'("(?:[^"\\]|\\.)*")\s*:\s*\Z',
+                               self.span(file, offset - room, room), re.DOTALL)
+            if before:
+                return parsed(before[1])
+        return key_of(entry, "") or str(self.number(file, offset))
+
+    def number(self, file: int, offset: int) -> int:
+        """How many records of a file stand before this place, whichever part they belong to."""
+        rows, ends = self.rows(file), np.cumsum(self.counts[file]).tolist()
+        parts = [rows[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+        return sum(bisect_left(part, offset, key=lambda row: row["offset"]) for part in parts)
 
     def find(self, file: int, key: str, near: int = 0) -> int | None:
         """The row of a record by its key; `near`: where to look first. None: there is none."""

@@ -19,6 +19,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -41,7 +42,19 @@ from formats import (
     there,
 )
 from order import Order, Shares, rng_of
-from records import HELD_OUT, BadRecord, Records, expand, hash_of, key_of, read_sample
+from records import (
+    HELD_OUT,
+    BadRecord,
+    Records,
+    encodable,
+    expand,
+    hash_of,
+    key_of,
+    read_sample,
+    unfinished,
+)
+
+MAX_DIGITS = 30  # of a share
 
 # ------------------------------------------------------------------------------------ data sets
 
@@ -126,7 +139,7 @@ class Source:
         self.n_train, self.n_held_out = counts[:, 0], counts[:, 1]
 
     def open(self, paths: list[str], spec: Spec) -> None:
-        name = spec.name if spec.name in FORMATS else format_of(paths[0])
+        name = spec.name or format_of(paths[0])
         kinds = [".tar"] if name == "shards" else [".json", ".jsonl", ".parquet"]
         strange = [path for path in paths if Path(path).suffix not in kinds]
         if strange:
@@ -141,14 +154,16 @@ class Source:
             raise ValueError(f"{self.pictures}: no such folder of pictures")
         usable = (self.format.pictures or self.format.part) and partial(
             there, name=name, root=self.pictures, file="::".join(paths))
-        about = hash_of(os.path.abspath(self.pictures)) if usable else 0
+        asked = "::".join(map(os.path.abspath, (self.pictures, *paths)))
+        about = hash_of(f"{name} {asked}") if usable else 0
         self.records = Records(paths, self.format.where, usable, about)
         if usable and self.came_back(usable):
             self.records = Records(paths, self.format.where, usable, about, again=True)
         self.paths, self.counts = paths, self.records.counts
         if n := int(self.counts[:, 2].sum()):
             why = (f"name pictures that are not in {self.pictures} (FILES@FOLDER names another "
-                   f"folder)" if self.format.pictures else "belong to other splits")
+                   f"folder)" if self.format.pictures else "belong to other splits"
+                   if self.format.part else "are larger than 4 GiB")
             self.notes.append(f"{n} of {self.counts.sum()} entries {why}")
         self.notes += [f"{path}: breaks off; its whole samples are used"
                        for path, cut in zip(paths, self.records.cut, strict=True) if cut]
@@ -173,8 +188,9 @@ class Source:
         for file, (n_train, n_held_out, n_missing) in enumerate(self.records.counts.tolist()):
             missing = range(n_train + n_held_out, n_train + n_held_out + n_missing)
             for row in Random(0).sample(missing, min(most, n_missing)):  # for all ranks the same
-                if usable(parse(self.records.read(file, row))):
-                    return True
+                with suppress(BadRecord):
+                    if usable(parse(self.records.read(file, row))):
+                        return True
         return False
 
     def finished(self, paths: list[str]) -> list[str]:
@@ -182,12 +198,12 @@ class Source:
         listed = {folder: set(os.listdir(folder or ".")) for folder in map(os.path.dirname, paths)}
         stats = [f"{os.path.basename(path)[:-4]}_stats.json" in listed[os.path.dirname(path)]
                  for path in paths]
-        unfinished = [path for path, known in zip(paths, stats, strict=True) if not known]
-        if not any(stats) or not unfinished:
+        without = [path for path, known in zip(paths, stats, strict=True) if not known]
+        if not any(stats) or not without:
             return paths
         self.notes += [f"{path}: has no _stats.json, so its download was not finished; left out"
-                       for path in unfinished]
-        return [path for path in paths if path not in set(unfinished)]
+                       for path in without]
+        return [path for path in paths if path not in set(without)]
 
     def entry(self, file: int, row: int) -> tuple[str, object]:
         """(key, entry) of a sample, as its reader takes it."""
@@ -197,7 +213,7 @@ class Source:
         except BadRecord as error:
             error.key = f"at byte {self.records.rows(file)['offset'][row]}"
             raise
-        return entry["__key__"] if is_tar else key_of(entry, row), entry
+        return entry["__key__"] if is_tar else self.records.key(file, row, entry), entry
 
     def documents(self, file: int, row: int, entry: object, reading: Reading) -> list[Document]:
         """What the reader makes of an entry; BadRecord whatever is wrong with it."""
@@ -240,17 +256,16 @@ def rewritten(path: str) -> str:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError(f"{path}: reading .parquet needs pyarrow; pip install pyarrow") from None
-    unfinished = f"{target}.{os.getpid()}.part"
     try:
         file = ParquetFile(path)
-        with open(unfinished, "w", encoding="utf-8") as lines:
+        with open(unfinished(target), "w", encoding="utf-8") as lines:
             for rows in tqdm(file.iter_batches(1000), f"rewriting {path}", unit=" k rows"):
                 lines.writelines(json.dumps(row) + "\n" for row in rows.to_pylist())
-        os.replace(unfinished, target)
+        os.replace(unfinished(target), target)
     except (ArrowException, OSError, TypeError) as error:
         raise ValueError(f"{path}: cannot be rewritten as {target}: {error}") from None
     finally:
-        Path(unfinished).unlink(missing_ok=True)
+        Path(unfinished(target)).unlink(missing_ok=True)
     return target
 
 
@@ -266,7 +281,7 @@ class Folder(Source):
         self.counts = np.array([[len(pairs) - sum(held_out), sum(held_out), 0]])
 
     def entry(self, file: int, row: int) -> tuple[str, object]:
-        return self.pairs[row][0].stem, self.pairs[row]
+        return encodable(self.pairs[row][0].stem), self.pairs[row]
 
     def documents(self, file: int, row: int, entry: object, reading: Reading) -> list[Document]:
         picture, caption = str(entry[0]), entry[1]
@@ -279,8 +294,15 @@ class Folder(Source):
 
 def open_source(spec: Spec) -> Source:
     """The data set that a Spec names. ValueError with one line if it cannot be read."""
-    paths = spec.paths()
-    return (Folder if all(map(os.path.isdir, paths)) else Source)(paths, spec)
+    if spec.name and spec.name not in FORMATS:
+        raise ValueError(f"{spec.name}={spec.files}: {spec.name} is no format; put one of "
+                         f"{', '.join(FORMATS)} in front of =, or nothing")
+    try:
+        paths = spec.paths()
+        return (Folder if all(map(os.path.isdir, paths)) else Source)(paths, spec)
+    except OSError as error:
+        raise ValueError(f"{error.filename or spec.files}: cannot be read: {error.strerror}"
+                         ) from None
 
 
 def open_sources(texts: tuple[str, ...]) -> tuple[list[Source], list[Fraction]]:
@@ -289,6 +311,8 @@ def open_sources(texts: tuple[str, ...]) -> tuple[list[Source], list[Fraction]]:
     weights = [spec.share for spec in specs if spec.share]
     if weights and len(weights) < len(specs):
         raise ValueError("give every data set a *SHARE, or none")
+    if any(len(weight) > MAX_DIGITS for weight in weights):
+        raise ValueError(f"give a data set's *SHARE in at most {MAX_DIGITS} digits")
     if not all(map(float, weights)):
         raise ValueError("a data set's *SHARE must be above 0")
     return [open_source(spec) for spec in specs], Shares.of(weights) if weights else []

@@ -13,8 +13,9 @@ from PIL import Image as PIL_Image
 from PIL import ImageOps
 
 import augment
-from augment import Augment, Picture, holds_box, jitter, random_crop, ready
-from formats import Image, Ret, Text
+from augment import Augment, Picture, boxes_as_seen, holds_box, jitter, random_crop, ready
+from formats import Image, Ret, Text, caption_documents, chat_document
+from records import BadRecord
 from vision import PictureError, open_image, preprocess
 
 RULE = ("crop", "white")
@@ -102,6 +103,18 @@ def test_a_crop_of_a_turned_photograph_is_upright(orientation):
             theirs = np.diff(upright[:, :, channel].mean(axis)[[0, -1]])[0]
             ours = float(crop[channel].mean(axis)[-1] - crop[channel].mean(axis)[0])
             assert abs(theirs) < 20 or np.sign(theirs) == np.sign(ours)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(200, 100), (40, 200)])
+def test_a_crop_of_a_turned_tiff_is_of_the_upright_picture_too(orientation, size):
+    exif = PIL_Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(gradient(*size), "TIFF", exif=exif)
+    upright = encoded(open_image(content))
+    for seed in range(5):
+        ours, theirs = (random_crop(c, 32, 0.9, Random(seed)) for c in (content, upright))
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("spoil, reason", [
@@ -198,3 +211,73 @@ def test_a_picture_can_be_sent_to_another_process():
     import pickle
     picture = pickle.loads(pickle.dumps(Picture(images(1)[0], 7, (1.0, 0.9, 1.1))))
     assert picture.key == 7 and picture.factors == (1.0, 0.9, 1.1)
+
+
+@pytest.mark.parametrize("size, given, seen", [
+    ((640, 480), "[0.125, 0.200, 0.500, 0.700]", "[0.000, 0.200, 0.500, 0.700]"),
+    ((480, 640), "[0.200, 0.500, 0.700, 0.875]", "[0.200, 0.500, 0.700, 1.000]"),
+    ((640, 480), "[0.000, 0.0, 1.0, 1.000]", "[0.000, 0.000, 1.000, 1.000]"),
+    ((640, 480), "[0.063, 0.0, 0.437, 1.000]", "[0.000, 0.000, 0.416, 1.000]"),
+    ((300, 300), "[0.1, .2, 1, 0.4]", "[0.1, .2, 1, 0.4]"),
+    ((640, 480), "[0, 1, 1, 0] [12, 30, 200, 220]", "[0, 1, 1, 0] [12, 30, 200, 220]"),
+    ((640, 480), "[0.9, 0.5, 0.1, 0.2]", "[0.9, 0.5, 0.1, 0.2]"),
+])
+def test_boxes_are_told_in_the_square_that_the_model_sees(size, given, seen):
+    picture = encoded(PIL_Image.new("RGB", size))
+    for document in (chat_document([([picture], f"What is at {given}?", f"It is at {given}.")]),
+                     *caption_documents(picture, f"a cat {given}"),
+                     [Text(f"{given}:"), Image(picture)]):
+        (told,) = boxes_as_seen([document], 240)
+        words = [s.string for s in document if isinstance(s, Text)]
+        assert [s.string for s in told if isinstance(s, Text)] == [
+            line.replace(given, seen) for line in words]
+        assert [s for s in told if not isinstance(s, Text)] == [
+            s for s in document if not isinstance(s, Text)]
+
+
+def test_a_box_is_of_what_the_crop_shows_there():
+    """A white thing in a dark picture: the box as it is told holds the white of what is seen."""
+    for size in ((640, 480), (333, 777), (1000, 301)):
+        image = np.zeros((size[1], size[0], 3), np.uint8)
+        left, top = int(0.4 * size[0]), int(0.45 * size[1])
+        right, bottom = int(0.55 * size[0]), int(0.6 * size[1])
+        image[top:bottom, left:right] = 255
+        given = "[" + ", ".join(f"{n:.3f}" for n in (
+            left / size[0], top / size[1], right / size[0], bottom / size[1])) + "]"
+        ((shown, words),) = boxes_as_seen([[Image(image), Text(given)]], 224)
+        seen = preprocess(PIL_Image.fromarray(shown.reference), 224, *RULE)[0]
+        ys, xs = np.nonzero(seen.numpy() > 127)
+        edges = [n / 224 for n in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)]
+        told = [float(n) for n in words.string.strip("[]").split(",")]
+        assert np.abs(np.subtract(told, edges)).max() < 1.5 / 224
+
+
+def test_a_box_of_which_more_than_half_is_not_seen_leaves_its_sample_out():
+    picture = encoded(PIL_Image.new("RGB", (640, 480)))  # of which 0.125 to 0.875 is seen
+    for box, fits in (("[0.000, 0.000, 0.094, 1.000]", False), ("[0.900, 0.1, 1.0, 0.2]", False),
+                      ("[0.000, 0.0, 0.251, 1.0]", True), ("[0.000, 0.0, 0.249, 1.0]", False)):
+        document = [Image(picture), Text(box, learn=True)]
+        if fits:
+            boxes_as_seen([document], 48)
+        else:
+            with pytest.raises(BadRecord) as error:
+                boxes_as_seen([document], 48)
+            assert error.value.reason == "box outside the crop" and box in error.value.details
+
+
+def test_a_box_belongs_to_the_last_picture_before_it():
+    square, wide = (encoded(PIL_Image.new("RGB", (n, 300))) for n in (300, 600))
+    box, seen = Text("[0.250, 0.500, 0.500, 1.000]"), Text("[0.000, 0.500, 0.500, 1.000]")
+    (told,) = boxes_as_seen([[box, Image(square), box, Image(wide), box, Ret(square), box]], 60)
+    assert told == [box, Image(square), box, Image(wide), seen, Ret(square), seen]
+    (told,) = boxes_as_seen([[box, Image(wide), Image(square), box]], 60)
+    assert told == [seen, Image(wide), Image(square), box]
+
+
+def test_a_box_of_a_turned_photograph_is_told_in_its_upright_square():
+    exif = PIL_Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "TIFF"):
+        picture = encoded(PIL_Image.new("RGB", (300, 600)), kind, exif=exif)  # 600 x 300 upright
+        (told,) = boxes_as_seen([[Image(picture), Text("[0.250, 0.500, 0.500, 1.000]")]], 60)
+        assert told[1].string == "[0.000, 0.500, 0.500, 1.000]"

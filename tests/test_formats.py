@@ -14,6 +14,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as PIL_Image
 
 import formats
 from formats import (
@@ -263,6 +264,29 @@ def test_a_box_that_was_padded_comes_back(size, box):
         assert abs(float(side) - was) <= 0.001
 
 
+@pytest.mark.parametrize("words, told", [
+    ("is [0, 1, 1, 0] a list?", "is [0, 1, 1, 0] a list?"),
+    ("[0, 0.25, 1, 0.75]", "[0.000, 0.000, 1.000, 1.000]"),
+    ("[0,0,1,1] 0.5", "[0,0,1,1] 0.5")])
+def test_a_list_of_whole_numbers_is_no_box(read, words, told):
+    (found,) = read("llava.json", [{"id": 1, "image": "a.png", "conversations": turns(
+        words, words)}], "a.png").values()
+    assert said(found[0]) == [told] * 2
+
+
+@pytest.mark.parametrize("kind, orientation, box", [
+    ("JPEG", 1, "[0.100, 0.100, 0.200, 0.200]"), ("JPEG", 3, "[0.100, 0.100, 0.200, 0.200]"),
+    ("JPEG", 6, "[0.200, 0.050, 0.400, 0.100]"), ("PNG", 8, "[0.200, 0.050, 0.400, 0.100]"),
+    ("TIFF", 6, "[0.200, 0.050, 0.400, 0.100]")])
+def test_boxes_are_of_the_picture_as_it_is_shown(read, kind, orientation, box):
+    exif = PIL_Image.Exif()
+    exif[0x0112] = orientation
+    Path("4.jpg").write_bytes(encoded(photo(0, (200, 100)), kind, exif=exif))
+    found = read("region_descriptions.json", [{"id": 4, "regions": [
+        {"phrase": "a cat", "x": 20, "y": 10, "width": 20, "height": 10}]}])
+    assert boxes_told(found["4"]) == {("a cat", box)}
+
+
 def test_boxes_without_a_picture_and_numbers_that_are_no_box_stay(read):
     words = "[0.5, 0.25, 1.0, 0.75] [2, 0, 0, 1] [0.1, 0.2, 0.3, 0.4, 0.5] (0.1, 0.2, 0.3, 0.4)"
     found = read("llava.json", [
@@ -353,6 +377,12 @@ def test_gqa_is_an_object_of_questions(read):
         data="gqa=train_balanced_questions.json")
     assert sorted(said(d[0])[0] for d in found.values()) == [
         f"Is it red?{WORD}", f"Is it {{ red }}?{WORD}"]
+
+
+def test_a_question_of_an_object_keeps_its_key_wherever_it_stands(read):
+    entry = {"question": "What?", "answer": "cat", "imageId": "n1"}
+    found = read("val_balanced_questions.json", {f"q{i}": entry for i in range(4)}, "n1.jpg")
+    assert {*found} == {"q0", "q1", "q2", "q3"}
 
 
 def test_textvqa_takes_the_answer_of_most(read):

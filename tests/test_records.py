@@ -20,6 +20,7 @@ from records import (
     BLOCK,
     HELD_OUT,
     BadRecord,
+    CutOff,
     Records,
     expand,
     hash_of,
@@ -27,8 +28,11 @@ from records import (
     json_records,
     key_and_extension,
     key_of,
+    pax_records,
     read_header,
     read_sample,
+    tar_members,
+    write_index,
 )
 
 DIALECTS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -66,6 +70,13 @@ def samples(path: Path) -> list[dict]:
 ])
 def test_braces_are_expanded_as_webdataset_does(pattern, names):
     assert expand(pattern) == names
+
+
+@pytest.mark.parametrize("pattern", [
+    "x{0..3000000000}.tar", "{0..9999999}{a,b}", "{0..9}" * 8, f"{{1..{10**40}}}"])
+def test_a_pattern_of_more_names_than_can_be_meant_is_refused_at_once(pattern):
+    with pytest.raises(ValueError, match="more than 10,000,000 names"):
+        expand(pattern)
 
 
 @pytest.mark.parametrize("name, found", [
@@ -148,6 +159,69 @@ def test_sizes_in_base_256_and_in_pax_headers_are_understood(tmp_path):
     assert samples(tmp_path / "y.tar") == [{"__key__": "a", "jpg": b"abc"}]
 
 
+def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
+    """A tar header with the right sum of its bytes, whatever they say."""
+    block = bytearray(BLOCK)
+    block[: len(name)], block[124 : 124 + len(size)] = name.encode(), size
+    block[156:157], block[148:156] = kind, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("size", [b"-0000001000", b"+0000000001", b"0000x", b"0_1", b"9", b"-1"])
+def test_a_size_that_is_none_ends_a_tar(size):
+    members = tar_members(header("a.jpg", size) + bytes(8 * BLOCK))
+    with pytest.raises(CutOff):
+        next(members)
+
+
+@pytest.mark.parametrize("size", [b"-1", b"abc", b"-512", b"9" * 5000, b""])
+def test_a_size_that_is_none_in_a_pax_header_ends_a_tar_or_says_nothing(size):
+    record = b" size=" + size + b"\n"
+    record = next(b"%d" % n + record for n in range(9999) if n == len(b"%d" % n + record))
+    blocks = record + bytes(-len(record) % BLOCK)
+    members = tar_members(header("x", b"%011o" % len(record), b"x") + blocks
+                          + header("a.jpg", b"00000000003") + b"abc" + bytes(20 * BLOCK))
+    if size:
+        with pytest.raises(CutOff):
+            next(members)
+    else:
+        assert next(members).size == 0
+
+
+def test_records_of_a_pax_header_end_where_one_does_not_move_on():
+    for length in (b"0", b"00", b"1"):
+        assert pax_records(b"10 a=bcde\n" + length + b" path=x\n") == {b"a": b"bcde"}
+
+
+def test_a_sample_of_more_than_4_gib_cannot_be_used_and_its_neighbours_can(tmp_path):
+    size = 2**32 + 5 * BLOCK
+    with open(tmp_path / "x.tar", "wb") as file:  # most of it a hole
+        file.write(header("a.jpg", b"00000000003") + b"abc".ljust(BLOCK, b"\0")
+                   + header("b.mp4", b"%011o" % size))
+        file.seek(size, os.SEEK_CUR)
+        file.write(header("c.jpg", b"00000000003") + b"def".ljust(BLOCK, b"\0")
+                   + bytes(2 * BLOCK))
+    files = Records([str(tmp_path / "x.tar")])
+    assert files.counts.tolist() == [[2, 0, 1]] and not files.cut[0]
+    assert [read_sample(files.read(0, row))["jpg"] for row in (0, 1)] == [b"abc", b"def"]
+
+
+@pytest.mark.parametrize("span", [b"", bytes(4 * BLOCK), b"\xff" * 4 * BLOCK, b"x" * 700,
+                                  header("noext", b"00000000003") + bytes(BLOCK)])
+def test_what_is_no_sample_any_more_is_a_bad_record(span):
+    with pytest.raises(BadRecord, match="file changed"):
+        read_sample(span)
+
+
+def test_a_key_that_is_no_utf_8_can_be_printed_and_is_found(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape") as tar:
+        tar.addfile(tarfile.TarInfo("a\udc80.jpg"))
+    (sample,) = samples(path)
+    assert sample["__key__"] == "a\ufffd" and Records([str(path)]).find(0, "a\ufffd") == 0
+
+
 def test_wherever_a_tar_is_cut_its_whole_members_are_there(tmp_path):
     members = [(f"{i}.{kind}", bytes([i]) * (300 * i + 1))
                for i in range(4) for kind in ("jpg", "txt")]
@@ -223,6 +297,61 @@ def test_a_json_file_that_breaks_off_anywhere_is_refused_and_leaves_no_index(tmp
             Records([str(path)], where="data")
 
 
+@pytest.mark.parametrize("more", ['\n{"id": 2}', "\n[]", " x", ",\n1"])
+def test_a_json_file_of_more_than_one_value_is_refused(tmp_path, more):
+    path = tmp_path / "x.json"
+    for first in ('{"id": 1}', '[{"id": 1}]', "[]"):
+        path.write_text(first + " \n\t")
+        Records([str(path)])
+        path.write_text(first + more)
+        with pytest.raises(ValueError, match="x.json: holds more than one value; .*name it .jsonl"):
+            Records([str(path)])
+
+
+@pytest.mark.parametrize("content, value", [
+    (b'"hi \\ud83d x"', "hi \ufffd x"), (b'"\\ud83d\\ude00"', "\U0001f600"),
+    (b'"\\uDE00\\ud83d"', "\ufffd\ufffd"), (b'{"\\udc00": ["\\\\ud83d"]}',
+                                            {"\ufffd": ["\\ud83d"]}),
+    (b'"caf\xe9"', "caf\ufffd"), ('"\U0001f600"'.encode(), "\U0001f600")])
+def test_text_of_json_can_always_be_encoded(content, value):
+    assert records.parsed(content) == value
+
+
+def test_a_key_of_half_a_character_is_found(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"id": "a\\ud83d"}\n')
+    assert Records([str(tmp_path / "x.jsonl")]).find(0, "a\ufffd") == 0
+
+
+def test_what_is_nested_too_deeply_is_no_json(tmp_path):
+    deep = "[" * 100_000
+    (tmp_path / "x.jsonl").write_text(f'{{"id": 1}}\n{deep}\n{deep}{"]" * 100_000}\n')
+    assert Records([str(tmp_path / "x.jsonl")]).counts.sum() == 3
+    (tmp_path / "x.json").write_text(f'[{{"id": 1}}, {deep}{"]" * 100_000}]')
+    with pytest.raises(ValueError, match="x.json: is not JSON at byte 12"):
+        Records([str(tmp_path / "x.json")])
+
+
+def test_an_entry_is_known_by_its_key_in_an_object_its_own_id_or_its_number(tmp_path):
+    objects = {f'q"{i}\\': {"question": "?", "id": -1} for i in range(30)} | {"é": {"x": ":"}}
+    numbered = [{"n": i} for i in range(4000)]  # some of which are held out, others not usable
+    own = [{"id": f"own {i}", "text": '"key": '} for i in range(5)]
+    for name, content in (("objects", objects), ("numbered", numbered), ("own", own)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content, indent=1))
+    (tmp_path / "ascii.json").write_text(json.dumps(objects, ensure_ascii=False))
+
+    def known(name: str, **options) -> list[tuple[str, dict]]:
+        files = Records([str(tmp_path / f"{name}.json")], **options)
+        found = [(row, json.loads(files.read(0, row))) for row in range(files.counts.sum())]
+        for row, entry in found:
+            assert hash_of(files.key(0, row, entry)) == files.rows(0)[row]["hash"]
+        return [(files.key(0, row, entry), entry) for row, entry in found]
+
+    assert dict(known("objects")) == objects == dict(known("ascii"))
+    assert {key: entry["n"] for key, entry in known("numbered", usable=even, about=1)} == {
+        str(i): i for i in range(4000)}
+    assert sorted(key for key, _ in known("own")) == [f"own {i}" for i in range(5)]
+
+
 def test_the_mark_in_front_of_utf_8_is_passed_over(tmp_path):
     for name, content in (("x.json", b'[{"id": "a"}]'), ("x.jsonl", b'{"id": "a"}\n')):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
@@ -281,6 +410,19 @@ def test_entries_that_cannot_be_used_stand_last(tmp_path):
     assert Records([str(tmp_path / "x.jsonl")], about=2).counts[0].tolist() == [50, 0, 0]
 
 
+def odd(entry: dict) -> bool:
+    return entry["n"] % 2 == 1
+
+
+def test_one_file_has_an_index_for_each_rule_of_what_can_be_used(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n".join(entries(50)))
+    one, two = (Records([str(tmp_path / "x.jsonl")], usable=usable, about=about)
+                for usable, about in ((even, 1), (odd, 2)))
+    for files, usable in ((one, even), (two, odd)):
+        assert all(usable(json.loads(files.read(0, row))) for row in range(25))
+    assert Path(index_path(str(tmp_path / "x.jsonl"), "")).name == "x.jsonl.idx"
+
+
 def test_a_record_is_found_by_its_key_near_or_far(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join(entries(300)))
     files = Records([str(tmp_path / "x.jsonl")])
@@ -315,6 +457,29 @@ def test_where_nothing_can_be_written_the_index_stands_in_the_cache(tmp_path, mo
     assert not Path(f"{path}.idx").exists() and len([*tmp_path.glob("cache/nanovilla/*.idx")]) == 1
 
 
+def test_an_old_index_that_cannot_be_replaced_gives_way_to_one_in_the_cache(tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(entries(5)))
+    Records([str(path)])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert Records([str(path)]).counts.sum() == 5 and not (tmp_path / "cache").exists()
+    old = Path(f"{path}.idx").read_bytes()
+    path.write_text("\n".join(entries(6)))
+    files = Records([str(path)])
+    assert files.counts.sum() == 6 and sorted(
+        json.loads(files.read(0, row))["n"] for row in range(6)) == [*range(6)]
+    assert Path(f"{path}.idx").read_bytes() == old
+
+
+def test_no_two_machines_write_into_the_same_unfinished_file(monkeypatch):
+    names = set()
+    for host in ("node1", "node2"):
+        monkeypatch.setattr(records.platform, "node", lambda host=host: host)
+        names.add(records.unfinished("x.idx"))
+    assert len(names) == 2
+
+
 def test_where_no_index_can_be_written_at_all_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text("\n".join(entries(5)))
     (tmp_path / "file").write_text("no folder")
@@ -340,3 +505,23 @@ def test_a_file_that_shrinks_under_a_run_is_a_bad_record(tmp_path):
     os.truncate(path, 1000)
     with pytest.raises(BadRecord, match="file changed"):
         files.read(0, 0)
+
+
+def test_a_file_that_goes_away_under_a_run_is_a_bad_record(tmp_path):
+    paths = [str(write_tar(tmp_path / f"{i}.tar", [("a.jpg", b"x")])) for i in range(2)]
+    files = Records(paths)
+    os.remove(paths[0])
+    os.remove(f"{paths[1]}.idx")
+    for i in range(2):
+        with pytest.raises(BadRecord, match=f"cannot be read: .*{i}.tar.*No such file"):
+            files.read(i, 0)
+
+
+def test_a_file_that_is_indexed_anew_under_a_run_is_a_bad_record(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(entries(9)))
+    files = Records([str(path)])
+    path.write_text("\n".join(entries(3)))
+    write_index(str(path), "", None, 0)
+    with pytest.raises(BadRecord, match="file changed"):
+        files.read(0, 8)

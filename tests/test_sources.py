@@ -135,9 +135,51 @@ def test_what_cannot_be_a_data_set_is_one_line(tmp_path, monkeypatch, text, says
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text, path", [
+    ("{00000,folder}.tar", "folder.tar"), ("own=folder.jsonl::a.jsonl", "folder.jsonl"),
+    ("a.jsonl::folder.jsonl", "folder.jsonl"), ("folder.jsonl::a.jsonl", "folder.jsonl")])
+def test_a_folder_among_files_is_one_line(tmp_path, monkeypatch, text, path):
+    monkeypatch.chdir(tmp_path)
+    write_shard(tmp_path, 0, 2, finished=False)
+    for name in ("folder.tar", "folder.jsonl"):
+        Path(name).mkdir()
+    Path("a.jsonl").write_text('{"document": []}')
+    with pytest.raises(ValueError, match=f"{path}: cannot be read: Is a directory") as error:
+        open_sources((text,))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a.jsonl", "shards", "pairs", "pairs::more"])
+def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    write_shard(tmp_path / "shards", 0, 2)
+    for name in ("pairs", "more"):
+        Path(name).mkdir()
+        Path(name, "a.jpg").write_bytes(WHOLE)
+        Path(name, "a.txt").write_text("a cat")
+    Path("a.jsonl").write_text('{"document": []}')
+
+    def refused(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open" if text == "a.jsonl" else "os.listdir", refused)
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(ValueError, match="^[^\n]*: cannot be read: Permission denied$"):
+        open_sources((text,))
+
+
+@pytest.mark.parametrize("text", ["textqa=llava.json", "cc3m=shards", "photos=pairs/"])
+def test_a_name_that_is_no_format_is_one_line_with_those_that_are(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    Path("llava.json").write_text('[{"id": 1}]')
+    with pytest.raises(ValueError, match="is no format; put one of shards, llava, .*, own in"):
+        open_sources((text,))
+
+
 def test_shares_are_for_all_or_none(tmp_path):
     write_shard(tmp_path, 0, 2)
-    for texts, says in ((["*0.5", ""], "every data set"), (["*0", "*1"], "above 0")):
+    for texts, says in ((["*0.5", ""], "every data set"), (["*0", "*1"], "above 0"),
+                        (["*0." + "1" * 5000, "*1"], "at most 30 digits")):
         with pytest.raises(ValueError, match=says):
             open_sources(tuple(f"{tmp_path}/00000.tar{text}" for text in texts))
 
@@ -444,6 +486,58 @@ def test_of_very_many_set_aside_some_are_looked_for_each_time(tmp_path, monkeypa
     assert len(stream(tmp_path / "own.jsonl")) == 1
 
 
+def test_two_folders_of_pictures_of_one_file_never_share_an_index(tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps([{"id": i, "image": f"{i}.jpg", "conversations": turns}
+                                for i in range(13)]))
+    for i in range(13):
+        folder = tmp_path / ("ra" if i < 5 else "rb")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i}.jpg").write_bytes(WHOLE)
+    mixed = stream(f"{path}@{tmp_path}/ra*0.5", f"{path}@{tmp_path}/rb*0.5")
+    assert {*keys(mixed, 80)} == {str(i) for i in range(13)}
+    apart = DataSets((f"{path}@{tmp_path}/rb",), (f"{path}@{tmp_path}/ra",))
+    for part, n in (("train", 8), ("test", 5)):
+        assert len({*keys(apart.stream(part, 0, "nanovilla", 0.0))}) == n
+
+
+def test_half_a_character_is_told_as_one_that_is_unknown(tmp_path, tokenizer, tiny_config):
+    (tmp_path / "own.jsonl").write_text(
+        '{"id": "a\\ud83d", "document": [{"text": "hi \\ud83d x", "learn": true}]}\n')
+    write_shard(tmp_path / "shards", 0, 1, about={"top_caption": "a cat \ud83d"})
+    for data, words in (("own.jsonl", "hi \ufffd x"), ("shards", "a cat \ufffd")):
+        samples = stream(tmp_path / data)
+        told = samples.at(0).documents[0][-1].string
+        assert told == words and samples.at(0).key.isprintable()
+        origin, _ = Samples(samples, tokenizer, tiny_config())[0]
+        assert not origin.reason
+
+
+def test_a_few_bytes_of_an_entry_that_are_not_utf_8_are_forgiven(tmp_path):
+    line = '{"id": 1, "document": [{"text": "a caf\ufffd", "learn": true}]}'.encode()
+    for n, told in ((1, "a caf\ufffd"), (3, "a caf" + 3 * "\ufffd"), (4, "not UTF-8")):
+        path = tmp_path / f"{n}.jsonl"
+        path.write_bytes(line.replace("\ufffd".encode(), b"\xe9" * n))
+        try:
+            assert stream(f"own={path}").at(0).documents[0][0].string == told
+        except BadRecord as error:
+            assert error.reason == told
+    (tmp_path / "valid.jsonl").write_bytes(line.replace(b"caf", "\ufffd".encode() * 9))
+    assert "\ufffd" * 10 in stream(f"own={tmp_path}/valid.jsonl").at(0).documents[0][0].string
+
+
+def test_a_file_that_goes_away_in_training_costs_its_samples_alone(
+    tmp_path, tokenizer, tiny_config
+):
+    for shard in range(2):
+        write_shard(tmp_path, shard, 5)
+    samples = Samples(stream(tmp_path), tokenizer, tiny_config())
+    os.remove(tmp_path / "00001.tar")
+    reasons = Counter(samples[n][0].reason for n in range(10))
+    assert reasons == {"": 5, "cannot be read": 5}
+
+
 def pair(**parts) -> dict:
     about = {"original_width": 400, "original_height": 300} | parts.pop("json", {})
     return {"__key__": "1", "jpg": WHOLE, "json": json.dumps(about).encode(), **parts}
@@ -459,6 +553,7 @@ def pair(**parts) -> dict:
     (pair(txt=b"a cat", json={"original_width": 32}), "a cat"),
     (pair(txt=b"a cat", json={"original_width": 31}), "tiny original"),
     (pair(txt=b"a cat", json={"original_height": 1}), "tiny original"),
+    (pair(txt=b"a cat", json={"original_width": 16.0}), "tiny original"),
     (pair(txt=b"a cat", json={"original_width": None, "original_height": "?"}), "a cat"),
     ({"__key__": "1", "txt": b"a cat", "webp": WHOLE}, "a cat"),
     ({"__key__": "1", "txt": b"a cat", "jpg": WHOLE, "json": b"{"}, "not JSON"),

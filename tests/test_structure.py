@@ -24,11 +24,12 @@ MAY_IMPORT = {
     "tokenizer": {"config"},  # for its command line
     "world": set(),
     "records": set(),
+    "boxes": {"records"},
     "order": set(),
-    "formats": {"records", "tokenizer"},
+    "formats": {"boxes", "records", "tokenizer"},
     "sources": {"formats", "order", "records"},
     "drawn": {"world", "formats", "sources"},
-    "augment": {"vision", "formats"},
+    "augment": {"vision", "boxes", "formats"},
     "tally": set(),
     "data": {"kernels", "vision", "tokenizer", "records", "formats", "augment", "tally",
              "config", "doctor"},  # the last two for its command line
