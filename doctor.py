@@ -3,8 +3,9 @@
     python data.py check 'shards/{00000..00331}.tar'        numbers, and a contact sheet
     python data.py show mine.jsonl --n 3                     documents, token by token
 
-`check` reads every sample as training does, decodes every picture and counts what would be left
-out by reason. `show` prints what a sample becomes: which tokens are given and which are learned,
+`check` makes of every sample what training makes of it, decodes every picture and counts what
+would be left out by reason. How long a document may be, and how many pictures it may show, are the
+rules of --model. `show` prints what a sample becomes: which tokens are given and which are learned,
 and which pictures each of them sees.
 """
 
@@ -12,6 +13,7 @@ import hashlib
 import math
 import random
 import re
+import tempfile
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -19,19 +21,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PIL_Image
 from PIL import ImageDraw
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augment import large_enough
 from config import Parser, input_errors
 from data import Samples, collate, collate_options, leave_signals_to_parent
-from formats import IMAGE_SUFFIXES, Image, Reading, Ret, Text
-from order import rng_of
-from records import BadRecord
-from sources import Source, Stream, open_sources
+from formats import IMAGE_SUFFIXES, Image, Ret, Text
+from sources import Sample, Source, Stream, open_sources
 from tally import Origin, Tally
 from tokenizer import Tokenizer
-from vision import PictureError, open_image
+from vision import open_image
 from weights import BUILT_IN, read_config, read_tokenizer
 
 SHOWN = 24  # samples on a contact sheet
@@ -46,22 +46,27 @@ def main() -> None:
     show_parser = commands.add_parser("show", help="print documents as the model sees them")
     for command in (check_parser, show_parser):
         command.add_argument("data", nargs="+", help="data sets, as for train.py --data")
+        command.add_argument("--model", default=BUILT_IN, help="model folder whose tokenizer and "
+                             "rules are used [the built-in model]")
     check_parser.add_argument("--sheet", default="check.png", help="contact sheet to write "
                               "[check.png; with a number if that is there already]")
     check_parser.add_argument("--workers", type=int, default=2, help="processes [2]")
     show_parser.add_argument("--n", type=int, default=3, help="samples [3]")
-    show_parser.add_argument("--model", default=BUILT_IN, help="model folder whose tokenizer and "
-                             "rules are used [the built-in model]")
     args = parser.parse_args()
     if getattr(args, "n", 1) < 1 or getattr(args, "workers", 0) < 0:
         parser.error("--n must be at least 1, and --workers at least 0")
     sheet = Path(getattr(args, "sheet", "check.png"))
     if not sheet.parent.is_dir() or sheet.suffix.lower() not in IMAGE_SUFFIXES:
         parser.error(f"--sheet {sheet}: is no name of a picture in a folder that is there")
+    try:
+        if args.command == "check":
+            tempfile.TemporaryFile(dir=sheet.parent).close()
+    except OSError as error:
+        parser.error(f"--sheet {sheet}: cannot be written: {error.strerror}")
     with input_errors():
         sources, shares = open_sources(tuple(args.data))
         if args.command == "check":
-            check(sources, args.workers, sheet)
+            check(sources, args.workers, sheet, args.model)
         else:
             show(sources, shares, args.n, args.model)
 
@@ -69,32 +74,36 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------- check
 
 
-class Examined(Dataset):
-    """Every record of some sources, those held out included: what a look at it finds."""
+class Everything(Stream):
+    """Every record of some sources, those held out included, in the order of their files."""
 
-    def __init__(self, sources: list[Source]):
-        self.sources = sources
+    def __init__(self, sources: list[Source], chat: str):
+        super().__init__(sources, [], 0, chat=chat)
         counts = np.concatenate([source.counts[:, :2].sum(1) for source in sources])
         self.before = np.concatenate([[0], np.cumsum(counts)])
 
     def __len__(self) -> int:
         return int(self.before[-1])
 
-    def __getitem__(self, number: int) -> tuple[Origin, dict]:
+    def place(self, number: int) -> tuple[Source, int, int, int]:
         file = int(self.before.searchsorted(number, "right")) - 1
         row = number - int(self.before[file])
         for source in self.sources:
             if file < len(source.paths):
                 break
             file -= len(source.paths)
-        origin = Origin(str(source.paths[file]), str(row))
-        try:
-            key, entry = source.entry(file, row)
-            origin = Origin(origin.file, key)
-            documents = source.documents(file, row, entry, Reading(rng_of(0, 0, key)))
-            return origin, look(documents)
-        except (BadRecord, PictureError) as error:
-            return Origin(origin.file, origin.key, error.reason, str(error)), {}
+        return source, 0, file, row
+
+
+class Examined(Samples):
+    """What a look at each sample finds, if training can use it."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def made_of(self, sample: Sample) -> dict:
+        self.encoded(sample.documents)
+        return look(sample.documents)
 
 
 def look(documents: list) -> dict:
@@ -114,9 +123,10 @@ def look(documents: list) -> dict:
     return {"pictures": found, "words": words, "thumb": thumb}
 
 
-def check(sources: list[Source], workers: int, sheet: Path) -> None:
+def check(sources: list[Source], workers: int, sheet: Path, model: str) -> None:
     """Read everything once; print what was found and draw a contact sheet."""
-    examined, tally = Examined(sources), Tally()
+    config, tokenizer = rules_of(model)
+    examined, tally = Examined(Everything(sources, tokenizer.chat), tokenizer, config), Tally()
     sizes, lengths, twins, shown = [], [], Counter(), []
     chosen = set(random.Random(0).sample(range(len(examined)), min(SHOWN, len(examined))))
     batches = DataLoader(examined, batch_size=32, num_workers=workers, collate_fn=list,
@@ -130,7 +140,7 @@ def check(sources: list[Source], workers: int, sheet: Path) -> None:
                 twins.update(size[2] for size in found["pictures"])
                 lengths += [len(words.split()) for words in found["words"]]
             if number in chosen:
-                shown.append((origin, found))
+                shown.append((origin, found or {}))
             number += 1
         bar.update(len(batch))
     bar.close()
@@ -139,6 +149,9 @@ def check(sources: list[Source], workers: int, sheet: Path) -> None:
               f"which {source.n_held_out.sum():,} are held out of training")
         for note in source.notes:
             print(f"  {note}")
+    rules = config.decoder
+    print(f"{Path(model).name}: documents of at most {rules.max_seq_len:,} tokens"
+          + f" and {rules.max_images} pictures" * bool(rules.max_images))
     print(tally.report())
     for name, values in (("width", [w for w, _ in sizes]), ("height", [h for _, h in sizes]),
                          ("words learned at a time", lengths)):
@@ -150,6 +163,12 @@ def check(sources: list[Source], workers: int, sheet: Path) -> None:
     path = free_name(sheet)
     contact_sheet(shown).save(path)
     print(f"contact sheet: {path}")
+
+
+def rules_of(model: str) -> tuple:
+    """The config and the tokenizer of a model folder."""
+    config = read_config(Path(model) / "config.json")
+    return config, read_tokenizer(Path(model) / "tokenizer.model", config)
 
 
 def free_name(path: Path) -> Path:
@@ -182,8 +201,7 @@ def contact_sheet(shown: list[tuple[Origin, dict]], columns: int = 6) -> PIL_Ima
 
 def show(sources: list[Source], shares: list, n: int, model: str) -> None:
     """The first samples of a run with seed 0, as documents of tokens."""
-    config = read_config(Path(model) / "config.json")
-    tokenizer = read_tokenizer(Path(model) / "tokenizer.model", config)
+    config, tokenizer = rules_of(model)
     samples = Samples(Stream(sources, shares, 0, chat=tokenizer.chat), tokenizer, config)
     for number in range(n):
         origin, documents = samples[number]

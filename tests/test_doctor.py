@@ -11,6 +11,9 @@ import pytest
 from PIL import Image
 
 import doctor
+from data import Samples
+from sources import DataSets
+from weights import BUILT_IN, read_config, read_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +41,34 @@ def test_check_counts_what_is_there_and_what_is_bad(folder, cli):
     assert "pictures: 5, of which 1 are there already" in out
     assert "contact sheet: check.png" in out
     assert Image.open(folder / "check.png").size == (6 * 168, 216)
+
+
+def test_check_leaves_out_what_training_does(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (640, 480)).save("a.jpg")
+    shown, learned = {"image": "a.jpg"}, {"text": "a cat", "learn": True}
+    documents = [
+        [learned], [{"text": "word " * 3000, "learn": True}], [{"text": "given"}], [shown] * 9,
+        [*[shown, learned] * 9], [shown, {"text": "[0.000, 0.000, 0.050, 0.500]", "learn": True}],
+        [{"image": "b.jpg"}, learned], [shown, {"text": "word " * 3000, "learn": True}]]
+    (tmp_path / "own.jsonl").write_text("\n".join(
+        [*(json.dumps({"document": document}) for document in documents), "no JSON"]))
+    code, out, _ = cli(doctor, "check", "own.jsonl", "--workers", 0)
+    found = {reason: n for n, reason in re.findall(r"^  (\d+) (.*)$", out, re.MULTILINE)}
+    config = read_config(BUILT_IN / "config.json")
+    tokenizer = read_tokenizer(BUILT_IN / "tokenizer.model", config)
+    stream = DataSets(("own.jsonl",)).stream("train", 0, tokenizer.chat, 0.0)
+    samples = Samples(stream, tokenizer, config)
+    reasons = [samples[n][0].reason for n in range(len(documents) + 1)]
+    assert code == 0 and "samples: 2 used, 7 left out" in out and reasons.count("") == 2
+    assert found == {reason: str(reasons.count(reason)) for reason in reasons if reason}
+    assert f"at most {config.decoder.max_seq_len:,} tokens and 8 pictures" in out
+
+
+def test_a_contact_sheet_that_cannot_be_written_is_found_before_the_work(folder, cli, monkeypatch):
+    monkeypatch.setattr(doctor, "open_sources", lambda _: 1 / 0)
+    code, out, err = cli(doctor, "check", "mine", "--sheet", "/proc/x.png")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--sheet /proc/x.png: cannot be" in err
 
 
 def test_a_contact_sheet_writes_over_nothing(folder, cli):
