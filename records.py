@@ -11,7 +11,7 @@ read-only), 16 bytes a record, and sample n is then one read of its bytes, on an
     header   64 bytes: what was indexed (size, time of change), how many rows of each part
     rows     offset u64, length u32, hash of the key u32:
              first the records to train on, then those held out, then those that cannot be used
-             (of JSON, what the reader says; and whatever is longer than 4 GiB)
+             (their picture is missing, say, or they are longer than 4 GiB)
 
 One record of a thousand is held out by the hash of its key: the same on every machine, whatever
 the order of the samples. Tar members are named and grouped as webdataset does it, img2dataset's
@@ -139,7 +139,7 @@ def tar_members(data: bytes | mmap.mmap, start: int = 0, known: bool = False
             return
         if not known and not right_sum(header):
             raise CutOff
-        kind, size = header[156:157], size_of(header[124:136])
+        kind, size = header[156:157], number_in(header[124:136])
         offset = place + BLOCK
         if kind in (b"L", b"K", b"x", b"g"):  # headers about the next member, or about all
             content = data[offset : offset + size]
@@ -148,7 +148,7 @@ def tar_members(data: bytes | mmap.mmap, start: int = 0, known: bool = False
             elif kind == b"x":
                 named = pax_records(content)
                 long_name = named.get(b"path", long_name)
-                long_size = size_of(named[b"size"], 10) if b"size" in named else None
+                long_size = number_in(named[b"size"], 10) if b"size" in named else None
         else:
             size = size if long_size is None else long_size
             if offset + size > len(data):
@@ -168,21 +168,21 @@ def right_sum(header: bytes) -> bool:
     Adler-32's lower half is one more than the sum, modulo 65521, and is computed at once.
     """
     field = header[148:156]
-    total = size_of(field) + sum(field) - len(field) * ord(" ")
+    total = number_in(field) + sum(field) - len(field) * ord(" ")
     return zlib.adler32(header) & 0xFFFF == (total + 1) % 65521
 
 
-def size_of(field: bytes, base: int = 8) -> int:
+def number_in(field: bytes, base: int = 8) -> int:
     """A number in a tar header: digits, or base 256 behind a first byte of 0x80; CutOff if none."""
     if field[:1] >= b"\x80":
         return int.from_bytes(field[1:])
     digits = field.strip(b" \0") or b"0"
     try:
-        if digits.isdigit():  # int() would also take a sign
-            return int(digits, base)
+        if not digits.isdigit():  # int() would also take a sign
+            raise CutOff
+        return int(digits, base)
     except ValueError:
-        pass
-    raise CutOff
+        raise CutOff from None
 
 
 def short_name(header: bytes) -> bytes:
@@ -535,8 +535,9 @@ class Records:
             room = min(offset, KEY_ROOM)
             before = re.search(rb'("(?:[^"\\]|\\.)*")\s*:\s*\Z',
                                self.span(file, offset - room, room), re.DOTALL)
-            if before:
-                return parsed(before[1])
+            with suppress(ValueError):
+                if before:
+                    return parsed(before[1])
         return key_of(entry, "") or str(self.number(file, offset))
 
     def number(self, file: int, offset: int) -> int:

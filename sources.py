@@ -211,7 +211,7 @@ class Source:
             content, is_tar = self.records.read(file, row), self.paths[file].endswith(".tar")
             entry = read_sample(content) if is_tar else parse(content)
         except BadRecord as error:
-            error.key = f"at byte {self.records.rows(file)['offset'][row]}"
+            error.key = f"at byte {self.records.place(file, row)[0]}"
             raise
         return entry["__key__"] if is_tar else self.records.key(file, row, entry), entry
 

@@ -536,6 +536,12 @@ def test_a_file_that_goes_away_in_training_costs_its_samples_alone(
     os.remove(tmp_path / "00001.tar")
     reasons = Counter(samples[n][0].reason for n in range(10))
     assert reasons == {"": 5, "cannot be read": 5}
+    line = '{"document": [{"text": "x", "learn": true}]}\n'
+    (tmp_path / "own.jsonl").write_text(9 * line)
+    samples = Samples(stream(tmp_path / "own.jsonl"), tokenizer, tiny_config())
+    (tmp_path / "own.jsonl").write_text(line)
+    len(stream(tmp_path / "own.jsonl"))  # indexes it anew
+    assert Counter(samples[n][0].reason for n in range(9)) == {"": 1, "file changed": 8}
 
 
 def pair(**parts) -> dict:
