@@ -4,6 +4,7 @@ pytest tests/test_augment.py
 """
 
 import io
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -14,8 +15,10 @@ from PIL import ImageOps
 
 import augment
 from augment import Augment, Picture, boxes_as_seen, holds_box, jitter, random_crop, ready
+from data import Samples
 from formats import Image, Ret, Text, caption_documents, chat_document
 from records import BadRecord
+from sources import Sample
 from vision import PictureError, open_image, preprocess
 
 RULE = ("crop", "white")
@@ -281,3 +284,29 @@ def test_a_box_of_a_turned_photograph_is_told_in_its_upright_square():
         picture = encoded(PIL_Image.new("RGB", (300, 600)), kind, exif=exif)  # 600 x 300 upright
         (told,) = boxes_as_seen([[Image(picture), Text("[0.250, 0.500, 0.500, 1.000]")]], 60)
         assert told[1].string == "[0.000, 0.500, 0.500, 1.000]"
+
+
+class Listed(list):
+    """A source of the samples in a list."""
+
+    def at(self, index: int) -> Sample:
+        return Sample("sample", str(index), self[index])
+
+    def file(self, index: int) -> str:
+        return "sample"
+
+
+def test_a_box_is_learned_as_the_model_sees_it_and_none_that_it_cannot_see(tokenizer, tiny_config):
+    wide = PIL_Image.new("RGB", (200, 100))  # the middle half of it is seen
+    source = Listed([[Image(wide), Text(f"a cat [{sides}, 1.000]", learn=True)]] for sides in (
+        "0.250, 0.000, 0.500", "0.000, 0.000, 0.500", "0.000, 0.000, 0.094"))
+    config = tiny_config()
+    squash = replace(config, vision=replace(config.vision, resize="squash"))
+
+    def told(config) -> list[str]:
+        samples = [Samples(source, tokenizer, config)[n] for n in range(3)]
+        return [origin.reason or tokenizer.decode(documents[0].ids[2:-1])
+                for origin, documents in samples]
+
+    assert told(config) == 2 * ["a cat [0.000, 0.000, 0.500, 1.000]"] + ["box outside the crop"]
+    assert told(squash) == [document[0][1].string for document in source]
