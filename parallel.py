@@ -183,6 +183,13 @@ def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device |
                 parameter.copy_(weight)
 
 
+def let_go(model: VisionLanguageModel) -> None:
+    """Of gathered weights, which FSDP keeps for a backward pass that does not come."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def place(model: VisionLanguageModel, device: torch.device) -> None:
     """A whole model on one device, in fp32, in place; what has no memory yet gets some."""
     for module in model.modules():

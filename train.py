@@ -54,6 +54,7 @@ from parallel import (
     ending_together,
     full_state,
     gather_objects,
+    let_go,
     losses,
     place,
     recompute,
@@ -378,7 +379,7 @@ def evaluate(run: Run, stage: int, step: int, validation: Validation, final: boo
              for b in validation.batches]
     without = losses(run.model, blank, 0.0, backward=False)[0][0]
     said = answers(run.model, run.tokenizer, validation.documents, run.device)
-    run.model.train()
+    let_go(run.model.train())
     record = {"stage": name, "step": step, "val_loss": real, "val_loss_blank": without,
               "gap": without - real, "gates": gates(run.model), "answers": said,
               "left_out": dict(tally(run).reasons), "skipped_steps": run.skipped}
