@@ -150,6 +150,8 @@ class TrainConfig:
         if "data" in self.stages and not self.data:
             raise ValueError(f"--stages {' '.join(self.stages)}: 'data' belongs to one's own "
                              f"--data, 'pretrain' and 'instruct' to the drawn world")
+        for text in (*self.data, *self.val):
+            Spec.of(text)  # which refuses what it does not understand
         if self.val and not self.data:
             raise ValueError("--val belongs to --data; the drawn world has its own")
         if bool(self.vision) != bool(self.lm) or self.vision and self.init:
@@ -323,7 +325,8 @@ def resumed(given: dict) -> TrainConfig:
         raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
     if not isinstance(before, dict) or "stages" not in before:
         raise UserError(f"--resume {folder}: is no run folder (its config.json is none of a run's)")
-    given |= absolute_paths(given)
+    with input_errors():
+        given |= absolute_paths(given)
     listed = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
     differing = [f"{flag(name)} is {value} here, but {before.get(name)} in {folder}"
                  for name, value in listed.items()

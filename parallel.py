@@ -38,6 +38,8 @@ from torch.utils.checkpoint import (
 from model import Output, VisionLanguageModel
 from vision import NO_PICTURE
 
+MEETING = timedelta(days=1)  # in which all ranks have to come together
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -71,20 +73,19 @@ def start_group(ranks: Ranks, device: torch.device, timeout: float = 600.0) -> N
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=timeout)
-    store = fresh_store(ranks, limit) if ranks.size > 1 else dist.HashStore()
+    store = fresh_store(ranks) if ranks.size > 1 else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size,
-                            timeout=limit)
+                            timeout=timedelta(seconds=timeout))
 
 
-def fresh_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+def fresh_store(ranks: Ranks) -> dist.Store:
     """Where ranks find each other, under a name that no earlier attempt of theirs has used.
 
     torchrun's own store outlives a restart of its processes (torch 2.13), and who reads there where
     another rank listens may find one that is dead. So the first rank draws a name, and each of the
-    others takes one that is answered.
+    others takes one that is answered. Some come a day late: they index data.
     """
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    store, _, _ = next(rendezvous("env://", timeout=MEETING))
     if ranks.is_first:
         name = secrets.token_hex(8)
         store.set("attempt", name)
@@ -92,7 +93,7 @@ def fresh_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
             store.set(f"{name}/{rank}/answer", store.get(f"{name}/{rank}"))
         return dist.PrefixStore(name, store)
     call, answered = secrets.token_hex(8).encode(), False
-    deadline = time.monotonic() + timeout.total_seconds()
+    deadline = time.monotonic() + MEETING.total_seconds()
     while not answered:
         if time.monotonic() > deadline:
             raise RuntimeError("Timed out waiting for the first rank")

@@ -28,16 +28,16 @@ from weights import BUILT_IN, assemble, load_model
 WORDS_FROM = 10_000  # samples whose words a tokenizer is trained on
 
 
-def open_data(config: TrainConfig, ranks: Ranks) -> DataSets | None:
-    """The user's own data, if any. One process of each machine makes the indexes, all read them."""
-    if not config.data:
-        return None
-    if ranks.local == 0:
+def make_indexes(config: TrainConfig, ranks: Ranks) -> None:
+    """Before ranks meet, for it may take hours: one process of each machine indexes the data."""
+    if ranks.size > 1 and ranks.local == 0:
         with contextlib.suppress(ValueError):  # which all ranks are about to find, too
-            DataSets(config.data, config.val)
-    ranks.wait()
-    with input_errors():
-        return DataSets(config.data, config.val)
+            open_data(config)
+
+
+def open_data(config: TrainConfig) -> DataSets | None:
+    """The user's own data, if any. ValueError if it cannot be read."""
+    return DataSets(config.data, config.val) if config.data else None
 
 
 def with_steps(config: TrainConfig, sets: DataSets | None) -> TrainConfig:

@@ -77,7 +77,7 @@ from runs import (
     write_choices,
 )
 from sources import DataSets
-from start import initial_model, new_model, open_data, source, with_steps
+from start import initial_model, make_indexes, new_model, open_data, source, with_steps
 from tally import Tally
 from tokenizer import Tokenizer
 from vision import PictureError
@@ -129,6 +129,7 @@ def main() -> None:
         set_backend(None if config.backend == "auto" else config.backend)
     device = pick_device(config.device, ranks.local)
     dtype = pick_dtype(config.dtype, device)
+    make_indexes(config, ranks)
     with ending_together(ranks):
         if ranks.size > 1 or dtype != torch.float32:
             start_group(ranks, device, config.timeout)
@@ -144,7 +145,8 @@ def main() -> None:
 def set_up(config: TrainConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype
            ) -> tuple[Run, Stopped]:
     """Everything that a run needs, new or as it was stopped."""
-    sets = open_data(config, ranks)
+    with input_errors():
+        sets = open_data(config)
     config = with_steps(config, sets)
     fingerprint = sets.fingerprint() if sets else 0
     stopped = stopped_at(config, fingerprint)
