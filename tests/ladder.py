@@ -40,8 +40,8 @@ from weights import BUILT_IN, load_model
 ROOT = Path(__file__).parent.parent
 SIZE = 120  # of the pictures on disk
 SHRINK = 16
-STEPS = {"villa": 1500, "vila 1": 2500, "vila 2": 1500}
-COMMON = ["--batch-size", "32", "--shrink", str(SHRINK), "--checkpoint-every", "500",
+STEPS = {"villa": 500, "vila 1": 1000, "vila 2": 1000}
+COMMON = ["--batch-size", "32", "--shrink", str(SHRINK), "--checkpoint-every", "500", "--workers", "0",
           "--eval-every", "500", "--gate-lr-scale", "20"]
 
 
