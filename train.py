@@ -68,14 +68,7 @@ from parallel import (
 from plan import Work, flops, peak_flops, plan, shards_only_trained
 from plot import plot
 from records import BadRecord
-from runs import (
-    Stopped,
-    left_out,
-    resumed_model,
-    run_folder,
-    stopped_at,
-    write_choices,
-)
+from runs import Stopped, left_out, resumed_model, run_folder, stopped_at, write_choices
 from sources import DataSets
 from start import initial_model, make_indexes, new_model, open_data, source, with_steps
 from tally import Tally
@@ -221,7 +214,7 @@ def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
         n_images = sum(len(b.images) for b in micro) * run.ranks.size
         work = Work(n_images, result.n_tokens, result.n_targets)
         useful, hardware = (sum(flops(run.model, work, frozen, again).values())
-                              for again in ("none", c.recompute))
+                            for again in ("none", c.recompute))
         run.log.step({
             "stage": name, "step": step, **dataclasses.asdict(result), "lr": lr,
             "ms": 1000 * seconds, "tokens_per_s": result.n_tokens / seconds,

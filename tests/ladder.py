@@ -41,8 +41,8 @@ ROOT = Path(__file__).parent.parent
 SIZE = 120  # of the pictures on disk
 SHRINK = 16
 STEPS = {"villa": 500, "vila 1": 1000, "vila 2": 1000}
-COMMON = ["--batch-size", "32", "--shrink", str(SHRINK), "--checkpoint-every", "500", "--workers", "0",
-          "--eval-every", "500", "--gate-lr-scale", "20"]
+COMMON = ["--batch-size", "32", "--shrink", str(SHRINK), "--checkpoint-every", "500",
+          "--workers", "0", "--eval-every", "500", "--gate-lr-scale", "20"]
 
 
 # ---------------------------------------------------------------------------- what is published
