@@ -65,6 +65,11 @@ def main() -> None:
     parser.add_argument("--folder", help="load: where its files are made for the while [the "
                         "system's folder for such]")
     parser.add_argument("--rounds", type=int, default=5, help="load: turns of each way [5]")
+    parser.add_argument("--preset", default="", help="train: a step of this preset on this device, "
+                        "instead of beside transformers")
+    parser.add_argument("--stage", default="1", help="train: of the preset [1]")
+    parser.add_argument("--shrink", default="1", help="train: the preset in small [1]")
+    parser.add_argument("--recompute", default="none", help="train: none, selective, full [none]")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="3b", help="load: how large [3b]")
     options = parser.parse_args()
     if not 0 < options.seconds < 3600:
@@ -85,7 +90,11 @@ def main() -> None:
         rows += load(SHAPES[options.shape], max(options.rounds, 1), options.folder)
     if options.what == "data":
         rows += bench_data.data(options.seconds)
-    if options.what == "train":
+    if options.what == "train" and options.preset:
+        rows.append(bench_train.of_preset(options.seconds, [
+            "--preset", options.preset, "--stage", options.stage, "--shrink", options.shrink,
+            "--recompute", options.recompute]))
+    elif options.what == "train":
         rows += bench_train.train(options.seconds, options.case)
     if options.what == "resources" or (gpu_is_missed and options.what == "kernels"):
         rows += resources()

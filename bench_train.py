@@ -1,4 +1,5 @@
-"""How fast a training step is on the CPU: bench.py train.
+"""How fast a training step is: bench.py train, on the CPU beside transformers, and bench.py train
+--preset villa-7b, the real shape on the device at hand beside its limits.
 
 One step is forward, backward, clipping and AdamW, by parallel.train_step and beside it by
 transformers' IdeficsForVisionText2Text: the same weights, read from the same folder, the same
@@ -19,7 +20,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,11 +30,15 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from config import UserError
+from config import TrainConfig, UserError, parse, pick_device, pick_dtype
 from data import Batch, Encoded, collate
 from kernels import IGNORE
 from model import ModelConfig, VisionLanguageModel
-from parallel import train_step
+from optim import freeze, make_optimizer
+from parallel import place, recompute, shard, start_group, stop_group, this_rank, train_step
+from plan import TOKENS, Work, flops, memory, peak_flops, shards_only_trained, work_of
+from presets import preset_model
+from watch import memory_peak
 from weights import filled, read_checkpoint
 
 SIZES = dict(  # as transformers names them
@@ -248,3 +253,73 @@ def show(row: dict) -> None:
               f"{row['samples_s'][name]:7.1f} samples/s{row['tokens_s'][name]:7.0f} tokens/s   "
               f"loss {first:.5f}, after {CHECKED_STEPS - 1} steps {last:.5f}")
     print(f"  ours is {row['ratio']:.2f} times as fast as {row['peer']}", flush=True)
+
+
+# ------------------------------------------------------------------------- the presets' own shape
+
+
+def of_preset(seconds: float, flags: list[str]) -> dict:
+    """A training step of a preset on one device: samples/s, MFU, memory beside what was planned."""
+    c = parse([*flags, "--init", "none"])
+    device = pick_device("auto")
+    dtype = pick_dtype("auto", device)
+    with device:
+        model = VisionLanguageModel(preset_model(c.preset, c.shrink))
+    freeze(model, c.frozen[0])
+    recompute(model.train(), c.recompute)
+    if dtype == torch.float32:
+        place(model, device)
+    else:
+        start_group(this_rank(), device)
+        shard(model, dtype, device, only_trained=shards_only_trained(c))
+    samples, n_tokens = min(c.micro_batch, c.batch_size), TOKENS[c.stages[0]][0]
+    step, work = ready(model, c, samples, n_tokens, device)
+    step(0)  # the first one allocates and compiles
+    taken = []
+    while len(taken) < MIN_TURNS or sum(taken) < seconds:
+        began = time.perf_counter()
+        step(len(taken) + 1)
+        taken.append(time.perf_counter() - began)
+    stop_group()
+    low, middle, high = np.percentile(taken, (20, 50, 80)).tolist()
+    useful = sum(flops(model, work, c.frozen[0]).values())
+    row = {"case": f"train, {' '.join(flags)}", "samples": samples, "tokens": work.tokens,
+           "seconds": [low, middle, high], "samples_s": samples / middle,
+           "tokens_s": work.tokens / middle, "tflops": useful / middle / 1e12,
+           "mfu": useful / middle / peak_flops(device, dtype),
+           "memory_gb": memory_peak(device) / 1e9,
+           "planned_gb": sum(memory(c, model, 1, 1, work).values()) / 1e9}
+    print(f"{row['case']}: {middle:.3f} s ({low:.3f} to {high:.3f})   "
+          f"{row['samples_s']:.1f} samples/s   {row['tokens_s']:.0f} tokens/s   "
+          f"{row['tflops']:.1f} TFLOP/s   MFU {100 * row['mfu']:.1f} %   memory "
+          f"{row['memory_gb']:.1f} GB, planned {row['planned_gb']:.1f}", flush=True)
+    return row
+
+
+def ready(model: VisionLanguageModel, c: TrainConfig, samples: int, n_tokens: int,
+          device: torch.device) -> tuple[Step, Work]:
+    """A step on the same captions again and again, each with the search for its picture if the
+    model learns that, and what it works through."""
+    config, optimizer = model.config, make_optimizer(model, c)
+    rng = np.random.default_rng(0)
+    image, size = config.decoder.vocab_size, config.vision.image_size
+    n_documents = 2 if config.contrastive_dim and c.stages[0] == "pretrain" else 1
+    documents = []
+    for _ in range(samples):
+        words = rng.integers(EOS + 1, image, n_tokens - 2).tolist()
+        picture = rng.integers(0, 256, (size, size, 3), np.uint8)
+        caption = Encoded([BOS, image, *words], [False] * 2 + [True] * len(words), [picture], [])
+        search = Encoded([BOS, *words, image + 1], [False] * n_tokens, [],
+                         [(n_tokens - 1, picture)])
+        documents.append([caption, search][:n_documents])
+    batch = collate(documents, image_id=image, visible_images=config.decoder.visible_images,
+                    image_size=size, tokens_per_image=config.tokens_per_image).to(device)
+
+    def step(number: int) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-5
+        return train_step(model, optimizer, [batch], contrastive_weight=c.contrastive_weight,
+                          grad_clip=c.grad_clip).loss  # which waits for the device
+
+    return step, replace(work_of(config, samples, n_documents, n_tokens),
+                         targets=len(batch.target_rows))

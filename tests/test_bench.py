@@ -165,3 +165,16 @@ def test_without_transformers_train_says_so_in_one_line(cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, _, err = cli(bench, "train")
     assert code == 2 and "pip install transformers" in err and err.count("\n") == 1
+
+
+def test_a_presets_step_is_measured_beside_its_plan(cli, tmp_path):
+    out = tmp_path / "record.jsonl"
+    for stage in ("1", "2"):
+        code, printed, err = cli(
+            bench, "train", "--preset", "vila-7b", "--stage", stage, "--shrink", "256",
+            "--recompute", "full", "--seconds", "0.01", "--json", out)
+        assert code == 0, err
+        row = json.loads(out.read_text().splitlines()[-1])["rows"][0]
+        assert row["mfu"] > 0 and row["memory_gb"] > 0 and row["planned_gb"] > 0
+        assert row["tokens"] == row["samples"] * {"1": 80, "2": 300}[stage]
+        assert "samples/s" in printed

@@ -7,6 +7,7 @@ pytest tests/test_faults.py -m slow    twenty
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,12 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 
 import train
 from checkpoint import latest_checkpoint
 from data import Text, collate, collate_options, encode
 from parallel import shard, train_step, whole
+from tests.ladder import write_captions, write_published
 from tests.test_train import QUICK, ROOT, curve, finish, log, start
 
 STEPS = ["--eval-every", 0, "--checkpoint-every", 3, "--keep", 2]
@@ -170,3 +174,75 @@ def test_twenty_steps_without_a_finite_gradient_end_a_run_in_one_line(tmp_path, 
     assert err.count("\n") == 1 and out.count("skipped: the gradient is not finite") == 20
     logged = [line["skipped"] for line in log(tmp_path / "run") if "skipped" in line]
     assert logged[-20:] == [True] * 20 and not any(logged[:-20])
+
+
+# --------------------------------------------------------------- frozen weights stay in their files
+
+
+@pytest.fixture(scope="module")
+def half_frozen(tmp_path_factory) -> Path:
+    """A folder with published parts, pictures, and a run of four steps in which both are frozen."""
+    place = tmp_path_factory.mktemp("half_frozen")
+    write_published(place / "published")
+    write_captions(place / "captions", n_shards=1, n=24)
+    process = start(*VILA, "--vision", "published/clip", "--lm", "published/llama", "--data",
+                    "captions", "--out", "run", cwd=place)
+    finish(process)
+    return place
+
+
+VILA = ["--preset", "vila-7b", "--stage", 1, "--shrink", 64, "--batch-size", 4, "--micro-batch", 2,
+        "--workers", 0, "--max-steps", 4, "--eval-every", 0, "--checkpoint-every", 2, "--keep", 9]
+
+
+def copied(place: Path, tmp_path: Path) -> Path:
+    """The folder again, its run as if it had been stopped after two steps."""
+    shutil.copytree(place, tmp_path / "again")
+    (tmp_path / "again" / "run" / "checkpoints" / "step_00000004" / "state.json").unlink()
+    return tmp_path / "again"
+
+
+def test_frozen_published_weights_are_in_no_checkpoint(half_frozen):
+    names = dcp.FileSystemReader(latest_checkpoint(half_frozen / "run")).read_metadata()
+    held = {name.split(".")[1] for name in names.state_dict_metadata if name.startswith("model.")}
+    assert held == {"resampler", "image_index_embed", "special_embed", "special_head",
+                    "cross_blocks", "contrastive"}
+
+
+def test_a_run_goes_on_with_its_frozen_weights_wherever_they_are_now(half_frozen, tmp_path, cli):
+    again = copied(half_frozen, tmp_path)
+    (again / "published").rename(again / "elsewhere")
+    code, out, err = cli(train, "--resume", again / "run", "--vision", again / "elsewhere" / "clip",
+                         "--lm", again / "elsewhere" / "llama", "--data", again / "captions",
+                         "--micro-batch", 4)
+    assert code == 0, err
+    assert "frozen weights as they were, from" in out
+    # In one micro-batch the pool of negatives is another; all else is as it was.
+    without = [[(*line[:3], *line[5:]) for line in curve(run / "run")[:3]]
+               for run in (again, half_frozen)]
+    assert without[0] == [pytest.approx(line) for line in without[1]]
+
+
+def test_a_run_goes_on_bit_for_bit_with_frozen_weights(half_frozen, tmp_path, cli):
+    again = copied(half_frozen, tmp_path)
+    code, _, err = cli(train, "--resume", again / "run", "--vision", again / "published" / "clip",
+                       "--lm", again / "published" / "llama", "--data", again / "captions")
+    assert code == 0, err
+    assert curve(again / "run") == curve(half_frozen / "run")
+
+
+def test_other_frozen_weights_than_before_are_refused(half_frozen, tmp_path, cli):
+    again = copied(half_frozen, tmp_path)
+    file = again / "published" / "llama" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, file)
+    code, _, err = cli(train, "--resume", again / "run", "--lm", again / "published" / "llama")
+    assert code == 2 and "not the weights that the run began with" in err
+    assert err.count("\n") == 1
+
+
+def test_all_that_differs_is_named_at_once(half_frozen, cli):
+    code, _, err = cli(train, "--resume", half_frozen / "run", "--seed", 5, "--batch-size", 8)
+    assert code == 2 and "--seed is 5 here, but 0" in err and "--batch-size is 8 here, but 4" in err
+    assert err.count("\n") == 1

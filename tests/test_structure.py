@@ -58,7 +58,8 @@ MAY_IMPORT = {
     "sample": {"model", "generate", "vision", "weights", "tokenizer", "data", "formats", "config"},
     "resources": {"kernels", "config"},
     "bench_data": {"vision", "model", "records", "sources", "augment", "data", "weights"},
-    "bench_train": {"kernels", "model", "data", "weights", "config", "parallel"},
+    "bench_train": {"kernels", "model", "data", "weights", "presets", "config", "optim", "parallel",
+                    "plan", "watch"},
     "bench": {"kernels", "vision", "model", "published", "weights", "config", "resources",
               "bench_data", "bench_train"},
 }
