@@ -61,8 +61,10 @@ class Ranks:
 
 
 def this_rank() -> Ranks:
-    keys = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    return Ranks(*(int(os.environ.get(key, default)) for key, default in keys))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, n_local = (int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", size)))
+    return Ranks(rank, size, local, n_local)
 
 
 def start_group(ranks: Ranks, device: torch.device, timeout: float = 600.0) -> None:
