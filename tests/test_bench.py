@@ -178,3 +178,20 @@ def test_a_presets_step_is_measured_beside_its_plan(cli, tmp_path):
         assert row["mfu"] > 0 and row["memory_gb"] > 0 and row["planned_gb"] > 0
         assert row["tokens"] == row["samples"] * {"1": 80, "2": 300}[stage]
         assert "samples/s" in printed
+
+
+def test_the_readme_shows_the_recorded_training_steps_and_the_recorded_climb():
+    records = [*map(json.loads, (ROOT / "results" / "cpu.jsonl").read_text().splitlines())]
+    readme = (ROOT / "README.md").read_text()
+    steps = [r for r in records if r.get("bench") == "train"][-1]
+    assert f"train --seconds 15` at commit {steps['commit']}" in " ".join(readme.split())
+    for row in steps["rows"]:
+        ours, theirs = row["samples_s"]["ours"], row["samples_s"][row["peer"]]
+        assert (f"| {row['case'].removeprefix('train, ')} | {ours:.1f} samples/s | {theirs:.1f} "
+                f"samples/s | {row['ratio']:.2f} |") in readme
+    climb = [r for r in records if "ladder" in r][-1]
+    for number in (f"{climb['villa gap']:.2f} above", f"{climb['vila gap']:.2f} above",
+                   f"50: {100 * climb['recall']:.1f} %",
+                   f"{100 * climb['answers']:.1f} % of answers",
+                   f"{100 * climb['blank']:.1f} % with blank", f"in {climb['minutes']} minutes"):
+        assert number in readme, number
