@@ -42,7 +42,7 @@ from config import (
     pick_dtype,
     run_main,
 )
-from data import Batch, ahead, loader, sample_numbers
+from data import Batch, ahead, collate, collate_options, encode, loader, sample_numbers
 from formats import Document
 from kernels import backend_for, set_backend
 from model import VisionLanguageModel
@@ -132,6 +132,8 @@ def main() -> None:
                 run.log.say(f"stopped; go on with: python train.py --resume {run.out}")
                 break
             stopped = Stopped()
+        if ranks.is_first:
+            run.log.say(f"curves: {plot(run.out)}")
         stop_group()
 
 
@@ -239,8 +241,6 @@ def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
     if run.ranks.is_first and first_step < n_steps:
         mark_best(run.out, latest_checkpoint(run.out), number, val_loss)
     report_samples(run)
-    if run.ranks.is_first:
-        run.log.say(f"curves: {plot(run.out)}")
     return True
 
 
@@ -348,14 +348,17 @@ def validation_of(run: Run, stage: str) -> Validation:
         run.log.say(f"validation: {n_bad} of {n_samples} samples left out: "
                     + ", ".join(f"{n} {reason}" for reason, n in seen.reasons.most_common()))
     if n_bad == n_samples:
-        raise UserError("none of the samples to validate on can be used, for the reasons above; "
-                        "see them by: python data.py check DATA")
-    documents = []
+        first = next((line for batch in batches for line in batch.dropped), "see above")
+        raise UserError(f"none of the {n_samples} samples to validate on can be used; the first: "
+                        f"{first}")
+    documents, options = [], collate_options(run.tokenizer, run.model.config)
     for number in range(n_samples):
-        with contextlib.suppress(BadRecord, PictureError):
-            documents += samples.at(number).documents[:1]
         if len(documents) == ANSWERED:
             break
+        with contextlib.suppress(BadRecord, PictureError):
+            document = samples.at(number).documents[0]
+            collate([[encode(document, run.tokenizer)]], **options)  # are its pictures readable?
+            documents.append(document)
     return Validation([batch.to(run.device) for batch in batches], documents)
 
 
