@@ -36,7 +36,16 @@ from kernels import IGNORE
 from model import ModelConfig, VisionLanguageModel
 from optim import freeze, make_optimizer
 from parallel import place, recompute, shard, start_group, stop_group, this_rank, train_step
-from plan import TOKENS, Work, flops, memory, peak_flops, shards_only_trained, work_of
+from plan import (
+    TOKENS,
+    Work,
+    documents_of,
+    flops,
+    memory,
+    peak_flops,
+    shards_only_trained,
+    work_of,
+)
 from presets import preset_model
 from watch import memory_peak
 from weights import filled, read_checkpoint
@@ -301,19 +310,8 @@ def ready(model: VisionLanguageModel, c: TrainConfig, samples: int, n_tokens: in
     """A step on the same captions again and again, each with the search for its picture if the
     model learns that, and what it works through."""
     config, optimizer = model.config, make_optimizer(model, c)
-    rng = np.random.default_rng(0)
-    image, size = config.decoder.vocab_size, config.vision.image_size
-    n_documents = 2 if config.contrastive_dim and c.stages[0] == "pretrain" else 1
-    documents = []
-    for _ in range(samples):
-        words = rng.integers(EOS + 1, image, n_tokens - 2).tolist()
-        picture = rng.integers(0, 256, (size, size, 3), np.uint8)
-        caption = Encoded([BOS, image, *words], [False] * 2 + [True] * len(words), [picture], [])
-        search = Encoded([BOS, *words, image + 1], [False] * n_tokens, [],
-                         [(n_tokens - 1, picture)])
-        documents.append([caption, search][:n_documents])
-    batch = collate(documents, image_id=image, visible_images=config.decoder.visible_images,
-                    image_size=size, tokens_per_image=config.tokens_per_image).to(device)
+    n_documents = documents_of(config, c.stages[0])
+    batch = batch_of(config, samples, n_documents, n_tokens).to(device)
 
     def step(number: int) -> float:
         for group in optimizer.param_groups:
@@ -323,3 +321,20 @@ def ready(model: VisionLanguageModel, c: TrainConfig, samples: int, n_tokens: in
 
     return step, replace(work_of(config, samples, n_documents, n_tokens),
                          targets=len(batch.target_rows))
+
+
+def batch_of(config: ModelConfig, samples: int, n_documents: int, n_tokens: int) -> Batch:
+    """What plan.work_of counts: samples of a picture, a caption of n_tokens that shows it and, as a
+    second document, the search for it."""
+    rng = np.random.default_rng(0)
+    image, size = config.decoder.vocab_size, config.vision.image_size
+    made = []
+    for _ in range(samples):
+        words = rng.integers(EOS + 1, image, n_tokens - 2).tolist()
+        picture = rng.integers(0, 256, (size, size, 3), np.uint8)
+        caption = Encoded([BOS, image, *words], [False] * 2 + [True] * len(words), [picture], [])
+        search = Encoded([BOS, *words, image + 1], [False] * n_tokens, [],
+                         [(n_tokens - 1, picture)])
+        made.append([caption, search][:n_documents])
+    return collate(made, image_id=image, visible_images=config.decoder.visible_images,
+                   image_size=size, tokens_per_image=config.tokens_per_image)

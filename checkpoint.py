@@ -87,7 +87,7 @@ class Saver:
             mine = {path.name: checksum(path) for path in own}
         except (CheckpointException, OSError, RuntimeError) as error:
             trouble = reason(error)
-        found = gathered((mine, trouble), self.group)
+        found = gather_objects((mine, trouble), self.group)
         trouble = next((text for _, text in found if text), "")
         if is_first() and not trouble:
             sums = {name: value for files, _ in found for name, value in files.items()}
@@ -98,7 +98,7 @@ class Saver:
                 self.forget_old(state.get("stage"))
             except OSError as error:
                 trouble = reason(error)
-        if trouble := gathered(trouble, self.group)[0]:
+        if trouble := gather_objects(trouble, self.group)[0]:
             if is_first():
                 shutil.rmtree(folder, ignore_errors=True)
             last = latest_checkpoint(self.run)
@@ -149,10 +149,10 @@ def bad_file(folder: Path) -> str:
                     or checksum(folder / name) != value), "")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         bad = MARKER
-    return next((name for name in gathered(bad) if name), "")
+    return next((name for name in gather_objects(bad) if name), "")
 
 
-def gathered(value: object, group: dist.ProcessGroup | None = None) -> list:
+def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
     """A small object of every rank, in their order."""
     if not dist.is_initialized():
         return [value]

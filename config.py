@@ -180,6 +180,9 @@ class TrainConfig:
         """Optimizer steps of a stage, once its --epochs have been turned into --steps."""
         return min(self.steps[stage], self.max_steps or self.steps[stage])
 
+    def steps_before(self, stage: int) -> int:
+        return sum(map(self.stage_steps, range(stage)))
+
 
 # --------------------------------------------------------------------------------- command line
 

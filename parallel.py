@@ -241,15 +241,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather_objects(value: object) -> list:
-    """A small object of every rank, in their order."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def whole(parameter: Tensor) -> Tensor:
     """A parameter as on one rank; every rank must ask for it."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

@@ -258,7 +258,7 @@ def plan_stage(c: TrainConfig, number: int) -> list[str]:
     freeze(model, c.frozen[0])
     n_micro, batch = c.accumulation(n_ranks), c.batch_size
     samples = batch // n_ranks // n_micro
-    documents = 2 if model.config.contrastive_dim and c.stages[0] == "pretrain" else 1
+    documents = documents_of(model.config, c.stages[0])
     mean, longest = (work_of(model.config, samples, documents, tokens) for tokens in
                      (c.mean_tokens or TOKENS[c.stages[0]][0],
                       c.longest_tokens or TOKENS[c.stages[0]][1]))
@@ -282,6 +282,11 @@ def plan_stage(c: TrainConfig, number: int) -> list[str]:
         f"{c.stage_steps(0) * batch / rate / 86400:.1f} days", "",
         *memory_table(c, model, n_micro, mean, longest), "",
         *traffic_table(c, model, n_micro, batch / rate), ""]
+
+
+def documents_of(config: ModelConfig, stage: str) -> int:
+    """Of a sample: its caption, and the search for its picture where that is learned."""
+    return 2 if config.contrastive_dim and stage == "pretrain" else 1
 
 
 def work_of(config: ModelConfig, samples: int, documents: int, tokens: int) -> Work:

@@ -3,7 +3,8 @@
     out/tiny/
         config.json       every choice of the run; written last, so it marks a run that has begun
         model.json        the model's config     tokenizer.model    its tokenizer
-        log.jsonl         a line for every step and evaluation
+        log.jsonl         a line for every step and evaluation; tensorboard/ has the same
+        curves.png        drawn from it at the end
         checkpoints/      see checkpoint.py      best.json          which of them is the best
         model/            the exported model, at the end
 """

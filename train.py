@@ -30,7 +30,7 @@ from torch import Tensor
 import eval
 import world
 from augment import Augment
-from checkpoint import Saver, latest_checkpoint, load_checkpoint, mark_best
+from checkpoint import Saver, gather_objects, latest_checkpoint, load_checkpoint, mark_best
 from config import (
     TrainConfig,
     UserError,
@@ -53,7 +53,6 @@ from parallel import (
     compile_blocks,
     ending_together,
     full_state,
-    gather_objects,
     let_go,
     losses,
     place,
@@ -134,6 +133,7 @@ def main() -> None:
             stopped = Stopped()
         if ranks.is_first:
             run.log.say(f"curves: {plot(run.out)}")
+        run.log.close()
         stop_group()
 
 
@@ -222,7 +222,7 @@ def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
             "ms": 1000 * seconds, "tokens_per_s": result.n_tokens / seconds,
             "samples_per_s": result.n_samples / seconds, "mfu": useful / seconds / run.peak,
             "hfu": hardware / seconds / run.peak, "data_wait": waited / seconds,
-            "memory_gb": memory_peak(run.device) / 1e9}, steps_before(run, number) + step)
+            "memory_gb": memory_peak(run.device) / 1e9}, c.steps_before(number) + step)
         count_skipped(run, result.skipped)
         done, val_loss = step + 1, None
         if c.eval_every and done % c.eval_every == 0 and done < n_steps:
@@ -249,7 +249,7 @@ def restore(run: Run, stopped: Stopped, optimizer: torch.optim.Optimizer) -> Non
     with input_errors():
         load_checkpoint(stopped.checkpoint, run.model, optimizer, run.frozen["names"])
     state, stage = stopped.state, run.config.stages[stopped.state["stage"]]
-    run.log.forget(state["log_size"], steps_before(run, state["stage"]) + state["step"])
+    run.log.forget(state["log_size"], run.config.steps_before(state["stage"]) + state["step"])
     files = " and ".join(run.frozen["files"]) if run.frozen["names"] else ""
     run.log.say(f"restored from {stopped.checkpoint.name}: weights, moments of the optimizer, "
                 f"random numbers, schedule and data at step {state['step']} of stage {stage}"
@@ -276,11 +276,7 @@ def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int,
              "tally": {"reasons": seen.reasons, "files": seen.files},
              "log_size": run.log.size}
     with input_errors():
-        run.saver.save(steps_before(run, stage) + step, run.model, optimizer, state, val_loss)
-
-
-def steps_before(run: Run, stage: int) -> int:
-    return sum(run.config.stage_steps(i) for i in range(stage))
+        run.saver.save(run.config.steps_before(stage) + step, run.model, optimizer, state, val_loss)
 
 
 def asked_to_stop(run: Run) -> bool:
@@ -400,7 +396,8 @@ def evaluate(run: Run, stage: int, step: int, validation: Validation, final: boo
     if record.get("accuracy", 0.0) >= TARGET and run.reached is None:
         run.reached = run.seconds
         run.log.say(f"{100 * TARGET:.0f} % reached after {run.reached / 60:.1f} minutes")
-    run.log.write({"evaluation": record, "seconds": run.seconds}, steps_before(run, stage) + step)
+    run.log.write({"evaluation": record, "seconds": run.seconds},
+                  run.config.steps_before(stage) + step)
     if final:
         run.log.say(f"model: {run.out / 'model'}")
     return real

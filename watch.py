@@ -57,6 +57,11 @@ class Log:
             for name, value in numbers(entry):
                 self.board.add_scalar(f"{entry['stage']}/{name}", value, number)
 
+    def close(self) -> None:
+        """Let TensorBoard write what it still holds back."""
+        if self.board:
+            self.board.close()
+
     @property
     def size(self) -> int:
         """Bytes so far, which a checkpoint notes."""

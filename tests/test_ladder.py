@@ -25,7 +25,8 @@ def test_what_is_published_is_the_built_in_models_own(tmp_path):
     assert ours.config.vision.mean == theirs.config.vision.mean
 
 
-def test_the_data_is_in_the_layouts_that_others_write(tmp_path, cli):
+def test_the_data_is_in_the_layouts_that_others_write(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the doctor's sheet goes
     write_captions(tmp_path / "captions", n_shards=1, n=4)
     write_conversations(tmp_path / "llava", n=4)
     for place in (tmp_path / "captions", tmp_path / "llava" / "llava.json"):

@@ -52,11 +52,11 @@ def test_tensorboard_has_what_the_log_has_also_after_going_back(tmp_path):
     for step in range(4):
         first.write({"stage": "pretrain", "step": step, "loss": 9.0 - step}, step)
         sizes.append(first.size)
-    first.board.close()
+    first.close()
     again = Log(tmp_path, is_first=True)
     again.forget(sizes[1], 2)
     again.write({"stage": "pretrain", "step": 2, "loss": 1.0}, 2)
-    again.board.close()
+    again.close()
     logged = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").open()]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("pretrain/loss")
     assert logged == [event.value for event in events] == [9.0, 8.0, 1.0]

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import sys
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.device_mesh as device_mesh
@@ -19,29 +18,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from bench_train import batch_of
 from config import TrainConfig, parse
-from data import Batch, Encoded, collate
+from data import Batch
 from kernels import backend, set_backend
-from model import ModelConfig
 from optim import freeze
 from parallel import shard
-from plan import TOKENS, groups, memory, shards_only_trained, work_of
+from plan import TOKENS, documents_of, groups, memory, shards_only_trained, work_of
 from presets import preset_model
 from weights import shapes
-
-
-def captions(config: ModelConfig, n: int, n_documents: int, n_tokens: int) -> Batch:
-    """n samples of a picture: a caption, and the search for it if there are two documents."""
-    size, image = config.vision.image_size, config.decoder.vocab_size
-    samples = []
-    for _ in range(n):
-        picture = np.zeros((size, size, 3), np.uint8)
-        ids, learn = [1, image] + [5] * (n_tokens - 2), [False] * 2 + [True] * (n_tokens - 2)
-        search = Encoded([1] + [5] * (n_tokens - 2) + [image + 1], [False] * n_tokens, [],
-                         [(n_tokens - 1, picture)])
-        samples.append([Encoded(ids, learn, [picture], []), search][:n_documents])
-    return collate(samples, image_id=image, visible_images=config.decoder.visible_images,
-                   image_size=size, tokens_per_image=config.tokens_per_image)
 
 
 def tracked(c: TrainConfig, batch: Batch) -> float:
@@ -84,9 +69,9 @@ def main() -> None:
     set_backend("triton")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=c.world_size)
     config, samples = preset_model(c.preset, c.shrink), c.batch_size // c.world_size
-    n_documents = 2 if config.contrastive_dim and c.stages[0] == "pretrain" else 1
+    n_documents = documents_of(config, c.stages[0])
     n_tokens = c.mean_tokens or TOKENS[c.stages[0]][0]
-    theirs = tracked(c, captions(config, samples, n_documents, n_tokens))
+    theirs = tracked(c, batch_of(config, samples, n_documents, n_tokens))
     model = shapes(config)
     freeze(model, c.frozen[0])
     ours = memory(c, model, c.world_size, 1, work_of(config, samples, n_documents, n_tokens))
