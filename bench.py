@@ -69,6 +69,8 @@ def main() -> None:
                         "instead of beside transformers")
     parser.add_argument("--stage", default="1", help="train: of the preset [1]")
     parser.add_argument("--shrink", default="1", help="train: the preset in small [1]")
+    parser.add_argument("--micro-batch", default="", help="train: samples of the step [the "
+                        "preset's micro-batch]")
     parser.add_argument("--recompute", default="none", help="train: none, selective, full [none]")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="3b", help="load: how large [3b]")
     options = parser.parse_args()
@@ -93,7 +95,8 @@ def main() -> None:
     if options.what == "train" and options.preset:
         rows.append(bench_train.of_preset(options.seconds, [
             "--preset", options.preset, "--stage", options.stage, "--shrink", options.shrink,
-            "--recompute", options.recompute]))
+            "--recompute", options.recompute,
+            *(("--micro-batch", options.micro_batch) if options.micro_batch else ())]))
     elif options.what == "train":
         rows += bench_train.train(options.seconds, options.case)
     if options.what == "resources" or (gpu_is_missed and options.what == "kernels"):
