@@ -9,6 +9,8 @@
     python bench.py data         pictures of tar shards as they come out of the loader, beside
                                  webdataset + Pillow
     python bench.py train        a training step of a small IDEFICS on the CPU, beside transformers
+    python bench.py train --preset villa-7b    or what else train.py takes: a step of that run on
+                                 the device at hand, beside its limits
 
 `--json FILE` appends what was measured as one line. First come the machine and its ceilings, taken
 in the same run: a share of them says more than a number. FLOPs count useful scores only, those
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,15 +67,10 @@ def main() -> None:
     parser.add_argument("--folder", help="load: where its files are made for the while [the "
                         "system's folder for such]")
     parser.add_argument("--rounds", type=int, default=5, help="load: turns of each way [5]")
-    parser.add_argument("--preset", default="", help="train: a step of this preset on this device, "
-                        "instead of beside transformers")
-    parser.add_argument("--stage", default="1", help="train: of the preset [1]")
-    parser.add_argument("--shrink", default="1", help="train: the preset in small [1]")
-    parser.add_argument("--micro-batch", default="", help="train: samples of the step [the "
-                        "preset's micro-batch]")
-    parser.add_argument("--recompute", default="none", help="train: none, selective, full [none]")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="3b", help="load: how large [3b]")
-    options = parser.parse_args()
+    options, of_preset = parser.parse_known_args()
+    if of_preset and options.what != "train":
+        raise UserError(f"unrecognized arguments: {' '.join(of_preset)}")
     if not 0 < options.seconds < 3600:
         raise UserError(f"--seconds must be above 0 and below 3600, got {options.seconds}")
     if options.what == "kernels" and not any(options.case in name for name in case_names()):
@@ -92,11 +89,8 @@ def main() -> None:
         rows += load(SHAPES[options.shape], max(options.rounds, 1), options.folder)
     if options.what == "data":
         rows += bench_data.data(options.seconds)
-    if options.what == "train" and options.preset:
-        rows.append(bench_train.of_preset(options.seconds, [
-            "--preset", options.preset, "--stage", options.stage, "--shrink", options.shrink,
-            "--recompute", options.recompute,
-            *(("--micro-batch", options.micro_batch) if options.micro_batch else ())]))
+    if options.what == "train" and of_preset:
+        rows.append(bench_train.of_preset(options.seconds, of_preset))
     elif options.what == "train":
         rows += bench_train.train(options.seconds, options.case)
     if options.what == "resources" or (gpu_is_missed and options.what == "kernels"):
@@ -176,7 +170,7 @@ def measure(contestants: dict[str, Callable], seconds: float) -> dict[str, list[
                 taken[name].append(time.perf_counter() - began)
             else:
                 flush.zero_()
-                torch.cuda._sleep(1_000_000)  # cycles in which the launches queue up
+                torch.cuda._sleep(4_000_000)  # cycles, 2 ms, in which the launches queue up
                 began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 began.record()
                 call()
@@ -280,14 +274,12 @@ def kernels(seconds: float, only: str) -> list[dict]:
     print(f"{'':26}{'':9}{'ms':>9}{'TFLOP/s':>9}{'tiles':>7}{'error':>9}   times as fast as ...",
           flush=True)
     for case in (case for case in cases() if only in case.name):
-        ways = ("forward",) if case.name.startswith("decode") else ("forward", "backward", "both")
-        for way in ways:
-            rows.append(compare(case, way, seconds))
-            row = rows[-1]
+        for row in compare(case, seconds):
+            rows.append(row)
             ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
             missing = "".join(f"  ({name}: {why})" for name, why in row["missing"].items())
             tiles = f"{row['tile_use']:7.0%}" if row["tile_use"] else f"{'-':>7}"
-            print(f"{case.name:26}{way:9}{1000 * row['seconds']['ours'][1]:9.3f}"
+            print(f"{case.name:26}{row['way']:9}{1000 * row['seconds']['ours'][1]:9.3f}"
                   f"{row['tflops']:9.3f}{tiles}{row['error']:9.1e}   {ratios}{missing}", flush=True)
     return rows + losses(seconds) if only in "loss" else rows
 
@@ -300,30 +292,35 @@ def inputs(case: Case) -> list[torch.Tensor]:
             for shape in shapes]
 
 
-def compare(case: Case, way: str, seconds: float) -> dict:
-    q, k, v = (x.requires_grad_(way != "forward") for x in inputs(case))
+def compare(case: Case, seconds: float) -> Iterator[dict]:
+    """A row for every way; to learn, a contestant needs its backward pass to work, too."""
+    ways = ("forward",) if case.name.startswith("decode") else ("forward", "backward", "both")
+    q, k, v = (x.requires_grad_(len(ways) > 1) for x in inputs(case))
     start, end = (torch.tensor(x, dtype=torch.int32, device=q.device)
                   for x in (case.start, case.end))
     hints = attention_hints(case.start, case.end).to(q.device)
     ours = Contestant(lambda: interval_attention(q, k, v, start, end, hints=hints), (q, k, v))
     contestants, missing = {"ours": ours}, {}
+    torch.compiler.reset()  # each case is a new shape, and dynamo gives up after eight
     for name, make in PEERS.items():
         try:
             peer = make(case, q, k, v, start, end)
             if peer:
-                peer.timed(way)()  # all of it, for it may be the backward pass that fails
+                for way in ways:
+                    peer.timed(way)()
                 contestants[name] = peer
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             missing[name] = str(error).split("\n")[0][:60]
-    times = measure({name: c.timed(way) for name, c in contestants.items()}, seconds)
-    n_products = {"forward": 2, "backward": 5, "both": 7}[way]
-    flops = 2 * n_products * case.scores * case.n_heads * case.head_dim
-    return {"case": case.name, "way": way, "seconds": times,
-            "tflops": flops / times["ours"][1] / 1e12, "error": error_of(case, ours.call),
-            "tile_use": tile_use(case, hints.role, q),
-            "ratios": {name: t[1] / times["ours"][1] for name, t in times.items()
-                       if name != "ours"},
-            "missing": missing}
+    error, used = error_of(case, ours.call), tile_use(case, hints.role, q)
+    for way in ways:
+        times = measure({name: c.timed(way) for name, c in contestants.items()}, seconds)
+        n_products = {"forward": 2, "backward": 5, "both": 7}[way]
+        flops = 2 * n_products * case.scores * case.n_heads * case.head_dim
+        yield {"case": case.name, "way": way, "seconds": times,
+               "tflops": flops / times["ours"][1] / 1e12, "error": error, "tile_use": used,
+               "ratios": {name: t[1] / times["ours"][1] for name, t in times.items()
+                          if name != "ours"},
+               "missing": missing}
 
 
 @dataclass
@@ -333,7 +330,7 @@ class Contestant:
 
     def timed(self, way: str) -> Callable:
         if way == "forward":
-            return self.call
+            return torch.no_grad()(self.call)
         o = self.call()
         pull = torch.randn_like(o)
         if way == "both":
@@ -445,7 +442,6 @@ def flex(case, q, k, v, start, end, with_mask: bool = False) -> Contestant | Non
     def seen(b, h, row, key):
         return (key >= start[row]) & (key < end[row])
 
-    torch.compiler.reset()  # each case is a new shape, and dynamo gives up after eight
     compiled, build = torch.compile(flex_attention), torch.compile(create_block_mask)
     size = (None, None, len(q), len(k))
     made = build(seen, *size, device=q.device)
@@ -489,7 +485,7 @@ PEERS: dict[str, Callable] = {
 def losses(seconds: float) -> list[dict]:
     """linear + cross-entropy beside torch's own on full logits: time and peak memory."""
     device, dtype = default_device()
-    T, C, V = (8192, 4096, 32003) if device == "cuda" else (2048, 256, 32003)
+    T, C, V = (8192, 4096, 32000) if device == "cuda" else (2048, 256, 32000)
     generator = torch.Generator(device=device).manual_seed(0)
     hidden, weight = (torch.randn(*shape, device=device, dtype=dtype, generator=generator)
                       .mul_(C**-0.5).requires_grad_() for shape in ((T, C), (V, C)))

@@ -35,7 +35,7 @@ from data import Batch, Encoded, collate
 from kernels import IGNORE
 from model import ModelConfig, VisionLanguageModel
 from optim import freeze, make_optimizer
-from parallel import place, recompute, shard, start_group, stop_group, this_rank, train_step
+from parallel import distribute, start_group, stop_group, this_rank, train_step
 from plan import (
     TOKENS,
     Work,
@@ -43,7 +43,6 @@ from plan import (
     flops,
     memory,
     peak_flops,
-    shards_only_trained,
     work_of,
 )
 from presets import preset_model
@@ -269,19 +268,16 @@ def show(row: dict) -> None:
 
 def of_preset(seconds: float, flags: list[str]) -> dict:
     """A training step of a preset on one device: samples/s, MFU, memory beside what was planned."""
-    c = parse([*flags, "--init", "none"])
+    c, ranks = parse([*flags, "--init", "none"]), this_rank()
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     with device:
         model = VisionLanguageModel(preset_model(c.preset, c.shrink))
     freeze(model, c.frozen[0])
-    recompute(model.train(), c.recompute)
-    if dtype == torch.float32:
-        place(model, device)
-    else:
-        start_group(this_rank(), device)
-        shard(model, dtype, device, only_trained=shards_only_trained(c))
-    samples, n_tokens = min(c.micro_batch, c.batch_size), TOKENS[c.stages[0]][0]
+    if dtype != torch.float32:
+        start_group(ranks, device)
+    distribute(model.train(), c, ranks, device, dtype)
+    samples, n_tokens = min(c.micro_batch or c.batch_size, c.batch_size), TOKENS[c.stages[0]][0]
     step, work = ready(model, c, samples, n_tokens, device)
     step(0)  # the first one allocates and compiles
     taken = []

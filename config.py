@@ -112,9 +112,8 @@ class TrainConfig:
     contrastive_pool: str = option(
         "micro", "whose pictures are each other's negatives: those of one micro-batch of all "
         "ranks, or of the global batch, computed twice", ("micro", "global"))
-    shard: str = option("auto", "what is split over ranks: all weights, or only the trained ones, "
-                        "the others whole on each (auto: trained ones if the decoder is frozen)",
-                        ("auto", "all", "trained"))
+    shard: str = option("trained", "what is split over ranks: the trained weights alone, with the "
+                        "frozen ones whole on each, or all", ("trained", "all"))
     replicate: int = option(0, "groups of ranks that hold the whole model between them (HSDP); 1: "
                             "one of all ranks (0: one for every machine)", low=0)
     reshard: str = option("yes", "gathered weights are let go of after the forward pass, and "
@@ -234,6 +233,9 @@ def pick_device(name: str, local: int = 0) -> torch.device:
                         f"processes needs its own; start fewer, or use --device cpu")
     if name == "mps" and not mps:
         raise UserError("--device mps: torch sees no Apple GPU; use --device cpu")
+    if name == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Ragged batches ask for ever new sizes, and fixed segments would leave gaps between them.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return torch.device(name, local) if name == "cuda" else torch.device(name)
 
 

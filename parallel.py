@@ -35,6 +35,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from config import TrainConfig
 from model import Output, VisionLanguageModel
 from vision import NO_PICTURE
 
@@ -132,10 +133,24 @@ def stop_group() -> None:
 # --------------------------------------------------------------------------------------- sharding
 
 
+def distribute(model: VisionLanguageModel, c: TrainConfig, ranks: Ranks, device: torch.device,
+               dtype: torch.dtype) -> None:
+    """Put the model where it is trained: whole on one device in fp32, or in shards."""
+    recompute(model, c.recompute)
+    if c.compile == "yes":
+        compile_blocks(model)
+    if ranks.size == 1 and dtype == torch.float32:
+        place(model, device)
+        return
+    shard(model, dtype, device, only_trained=c.shard == "trained", reshard=c.reshard == "yes",
+          replicate=c.replicate or ranks.size // ranks.n_local, prefetch=c.prefetch)
+
+
 def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device | None = None,
           *, only_trained: bool = False, reshard: bool = True, replicate: int = 1,
           prefetch: int = 0) -> None:
-    """FSDP2 in place: one group per block, the rest in the root; fp32 masters and reductions.
+    """FSDP2 in place: groups of blocks (in_groups), the rest in the root; fp32 masters and
+    reductions.
 
     What is frozen by now is frozen for good: it is kept in `dtype`, and with only_trained whole on
     every rank, where nothing has to be gathered for it. reshard: a block's gathered weights are let
@@ -166,14 +181,17 @@ def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device |
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     ignored = frozen if only_trained else set()
-    groups = [b for b in in_order(model) if any(p not in ignored for p in b.parameters())]
+    groups = [[b for b in group if any(p not in ignored for p in b.parameters())]
+              for group in in_groups(model)]
+    groups = [group for group in groups if group]
     for group in groups:
         fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard,
                     ignored_params=ignored)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     register_fsdp_forward_method(model, "next_logits")
-    for i, group in enumerate(groups[:-1] if prefetch else ()):
-        group.set_modules_to_forward_prefetch(groups[i + 1 : i + 1 + prefetch])
+    firsts = [group[0] for group in groups]
+    for i, first in enumerate(firsts[:-1] if prefetch else ()):
+        first.set_modules_to_forward_prefetch(firsts[i + 1 : i + 1 + prefetch])
     model.to_empty(device=device)
     part, n_parts = mesh.get_local_rank("shard"), sizes[-1]
     with torch.no_grad():
@@ -202,13 +220,18 @@ def place(model: VisionLanguageModel, device: torch.device) -> None:
             setattr(module, name, nn.Parameter(new, parameter.requires_grad))
 
 
-def in_order(model: VisionLanguageModel) -> list[nn.Module]:
-    """All blocks, in the order in which a forward pass runs them."""
-    text = [block for i, own in enumerate(model.blocks)
-            for block in (model.cross_blocks[str(i)] if str(i) in model.cross_blocks else None, own)
-            if block is not None]
+def in_groups(model: VisionLanguageModel) -> list[list[nn.Module]]:
+    """All blocks, in the order in which a forward pass runs them, in the groups that FSDP gathers:
+    each alone, but a gated block with the decoder's that it stands in front of."""
     resampler = model.resampler.blocks if model.config.resampler else ()
-    return [*model.vision.blocks, *resampler, *text]
+    cross = model.cross_blocks
+    return [*([block] for block in (*model.vision.blocks, *resampler)),
+            *([cross[str(i)], block] if str(i) in cross else [block]
+              for i, block in enumerate(model.blocks))]
+
+
+def in_order(model: VisionLanguageModel) -> list[nn.Module]:
+    return [block for group in in_groups(model) for block in group]
 
 
 def recompute(model: VisionLanguageModel, which: str) -> None:
@@ -341,8 +364,8 @@ def gather_rows(x: Tensor) -> tuple[int, Tensor]:
     """x (n, E) of every rank, end to end, and where our own rows begin. No gradient passes."""
     if not dist.is_initialized():
         return 0, x.clone()
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]  # not on a GPU:
+    dist.all_gather(counts, torch.tensor([len(x)]))  # nobody waits for what it still computes
     counts = torch.cat(counts).tolist()
     padded = F.pad(x, (0, 0, 0, max(counts) - len(x))).contiguous()
     parts = [torch.empty_like(padded) for _ in counts]
@@ -370,19 +393,19 @@ class StepResult:
 
 
 def losses(model: nn.Module, batches: list, contrastive_weight: float, backward: bool,
-           pool: str = "micro", keep: bool = False) -> tuple[list[float], list[int]]:
+           pool: str = "micro", keep: bool = False) -> tuple[Tensor, list[int]]:
     """Forward (and backward) of this rank's micro-batches of one step.
 
     pool: whose pictures and <ret>s are negatives, those of one "micro" batch of all ranks, or of
     the "global" batch, whose features are then computed twice. keep: gathered weights stay from one
     micro-batch to the next. Gradients are reduced over ranks once a step.
 
-    Returns [token loss, contrastive loss, share of <ret>s that chose right], means over the global
-    batch, and [targets, <ret>s, tokens, samples, data], its counts.
+    Returns [token loss, contrastive loss, share of <ret>s that chose right] (3,), means over the
+    global batch, and [targets, <ret>s, tokens, samples, data], its counts.
     """
     device, size = batches[0].tokens.device, world_size()
     counts = all_sum(torch.tensor([[len(b.target_rows), b.n_rets, len(b.tokens), b.n_samples,
-                                    b.data_hash] for b in batches], device=device).sum(0)).tolist()
+                                    b.data_hash] for b in batches]).sum(0)).tolist()
     n_targets, n_rets = max(counts[0], 1), max(counts[1], 1)
     attracts = model.config.contrastive_dim > 0 and counts[1] > 0
     token_loss, chosen, pulls = torch.zeros(1, device=device), torch.zeros(2, device=device), []
@@ -407,7 +430,7 @@ def losses(model: nn.Module, batches: list, contrastive_weight: float, backward:
         if backward:
             torch.autograd.backward(tensors, gradients)
     means = [all_sum(token_loss)[0], chosen[0] / n_rets, chosen[1] / n_rets]
-    return torch.stack(means).tolist(), counts
+    return torch.stack(means), counts
 
 
 def train_step(model, optimizer, batches: list, *, contrastive_weight: float, grad_clip: float,
@@ -418,8 +441,8 @@ def train_step(model, optimizer, batches: list, *, contrastive_weight: float, gr
     for p in model.parameters():  # a checkpoint needs a state of each, also if no <ret> came yet
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+    *means, norm = torch.cat([means, norm[None]]).tolist()  # the one time a step waits for a GPU
     if math.isfinite(norm):
         optimizer.step()
         model.cap_temperature()

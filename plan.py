@@ -21,6 +21,7 @@ from config import TrainConfig
 from kernels.loss import chunk_rows
 from model import ModelConfig, VisionLanguageModel
 from optim import freeze
+from parallel import in_groups
 from presets import PER_STAGE, preset_model
 from weights import shapes
 
@@ -133,18 +134,18 @@ def memory(c: TrainConfig, model: VisionLanguageModel, n_ranks: int, n_micro: in
     n_shards = n_ranks // groups(c, n_ranks)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained, frozen = (sum(n for n, of in sizes if of is which) for which in (True, False))
-    only_trained = shards_only_trained(c)
-    blocks = [*model.vision.blocks, *(model.resampler.blocks if model.config.resampler else ()),
-              *model.cross_blocks.values(), *model.blocks]
-    largest = max((count(b, only_trained) for b in blocks), default=0)
-    root = count(model, only_trained) - sum(count(b, only_trained) for b in blocks)
-    root_trained = count(model, True) - sum(count(b, True) for b in blocks)
+    only_trained = c.shard == "trained"
+    groups_of_blocks = in_groups(model)
+    largest = max(sum(count(b, only_trained) for b in group) for group in groups_of_blocks)
+    root, root_trained = (
+        count(model, which) - sum(count(b, which) for group in groups_of_blocks for b in group)
+        for which in (only_trained, True))
     gathered = 2 * (count(model, only_trained) if c.reshard == "no" else root + 2 * largest)
     reduced = 2 * root_trained + (2 + 4) * largest  # one block's in bf16, and in fp32 on its way
     return {
         "weights": 4 * trained / n_shards + 2 * frozen / (1 if only_trained else n_shards),
         "moments": 8 * trained / n_shards,
-        "gathered weights": gathered if n_ranks > 1 else 2 * trained,
+        "gathered weights": gathered,
         "summed gradients": 4 * trained if n_micro > 1 else 0,
         "gradients in flight": max(reduced, loss_bytes(model, work)),
         "activations, then gradients": max(activations(c, model, work), 4 * trained / n_shards),
@@ -224,7 +225,7 @@ def traffic(c: TrainConfig, model: VisionLanguageModel, n_ranks: int, n_groups: 
     """
     n_shards, n_trained = n_ranks // n_groups, count(model, True)
     gathers = 1 if c.reshard == "no" else 2 * n_micro
-    gathered = gathers * 2 * count(model, shards_only_trained(c))
+    gathered = gathers * 2 * count(model, c.shard == "trained")
     inside = (gathered + 4 * n_trained) * (n_shards - 1) / n_shards
     outside = inside / GPUS_A_NODE if n_shards > GPUS_A_NODE else 0.0
     outside += 2 * 4 * n_trained / n_shards * (n_groups - 1) / n_groups
@@ -234,10 +235,6 @@ def traffic(c: TrainConfig, model: VisionLanguageModel, n_ranks: int, n_groups: 
 def groups(c: TrainConfig, n_ranks: int) -> int:
     """Groups of ranks that hold a whole model each: as asked for, or one a node."""
     return c.replicate or max(n_ranks // GPUS_A_NODE, 1)
-
-
-def shards_only_trained(c: TrainConfig) -> bool:
-    return c.shard == "trained" or c.shard == "auto" and "decoder" in c.never_trained
 
 
 # -------------------------------------------------------------------------------------- the plan
@@ -362,4 +359,4 @@ def traffic_table(c: TrainConfig, model: VisionLanguageModel, n_micro: int, step
                      f"{outside / GB:.1f} | {outside / gpu.network:.2f} |")
     return [*lines, "", f"A step computes for {step:.2f} s, beside which this goes on; chosen: "
                         f"{groups(c, c.world_size)} group(s), --shard "
-                        f"{'trained' if shards_only_trained(c) else 'all'}, --reshard {c.reshard}."]
+                        f"{c.shard}, --reshard {c.reshard}."]

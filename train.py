@@ -50,21 +50,18 @@ from optim import freeze, learning_rate, make_optimizer
 from parallel import (
     Ranks,
     all_sum,
-    compile_blocks,
+    distribute,
     ending_together,
     full_state,
     let_go,
     losses,
-    place,
-    recompute,
-    shard,
     start_group,
     stop_group,
     this_rank,
     train_step,
     whole,
 )
-from plan import Work, flops, peak_flops, plan, shards_only_trained
+from plan import Work, flops, peak_flops, plan
 from plot import plot
 from records import BadRecord
 from runs import Stopped, left_out, resumed_model, run_folder, stopped_at, write_choices
@@ -172,19 +169,6 @@ def set_up(config: TrainConfig, ranks: Ranks, device: torch.device, dtype: torch
     return run, stopped
 
 
-def distribute(model: VisionLanguageModel, c: TrainConfig, ranks: Ranks, device: torch.device,
-               dtype: torch.dtype) -> None:
-    """Put the model where it is trained: whole on one device in fp32, or in shards."""
-    recompute(model, c.recompute)
-    if c.compile == "yes":
-        compile_blocks(model)
-    if ranks.size == 1 and dtype == torch.float32:
-        place(model, device)
-        return
-    shard(model, dtype, device, only_trained=shards_only_trained(c), reshard=c.reshard == "yes",
-          replicate=c.replicate or ranks.size // ranks.n_local, prefetch=c.prefetch)
-
-
 # ------------------------------------------------------------------------------------- one stage
 
 
@@ -283,7 +267,7 @@ def asked_to_stop(run: Run) -> bool:
     """Whether any rank was asked to, all ranks learn it at the same step. UserError if a checkpoint
     could not be written."""
     flags = [float(run.stopping.is_set()), float(run.saver.failed)]
-    stop, failed = all_sum(torch.tensor(flags, device=run.device)).tolist()
+    stop, failed = all_sum(torch.tensor(flags)).tolist()
     if failed:
         with input_errors():
             run.saver.finish()
@@ -368,10 +352,10 @@ def evaluate(run: Run, stage: int, step: int, validation: Validation, final: boo
     """
     began, name = time.perf_counter(), run.config.stages[stage]
     run.model.eval()
-    real = losses(run.model, validation.batches, 0.0, backward=False)[0][0]
+    real = float(losses(run.model, validation.batches, 0.0, backward=False)[0][0])
     blank = [dataclasses.replace(b, images=torch.full_like(b.images, 127))
              for b in validation.batches]
-    without = losses(run.model, blank, 0.0, backward=False)[0][0]
+    without = float(losses(run.model, blank, 0.0, backward=False)[0][0])
     said = answers(run.model, run.tokenizer, validation.documents, run.device)
     let_go(run.model.train())
     record = {"stage": name, "step": step, "val_loss": real, "val_loss_blank": without,

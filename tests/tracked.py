@@ -24,7 +24,7 @@ from data import Batch
 from kernels import backend, set_backend
 from optim import freeze
 from parallel import shard
-from plan import TOKENS, documents_of, groups, memory, shards_only_trained, work_of
+from plan import TOKENS, documents_of, groups, memory, work_of
 from presets import preset_model
 from weights import shapes
 
@@ -41,7 +41,7 @@ def tracked(c: TrainConfig, batch: Batch) -> float:
     with mode:
         freeze(model, c.frozen[0])
         shard(model.train(), torch.bfloat16, torch.device("cpu"), reshard=c.reshard == "yes",
-              only_trained=shards_only_trained(c), replicate=n_groups)
+              only_trained=c.shard == "trained", replicate=n_groups)
         # Fused, or many at once, the tracker counts the moments wrong.
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                       fused=False, foreach=False)
