@@ -75,7 +75,8 @@ def interval_attention_reference(
 
 # (BLOCK_M query rows, BLOCK_N keys, warps, stages) of the forward, dq and dk/dv kernels, by
 # compute capability, padded head_dim and role (spans.py). Packed captions of 24 to 56 tokens use
-# 8 % of tiles of 128 x 128 and 21 % of 64 x 32. None spills registers (tests/test_compile.py).
+# 8 % of tiles of 128 x 128 and 21 % of 64 x 32. 90: the fastest of a few dozen on an H200 (LOG.md);
+# 80: not measured, chosen for spilling no register (tests/test_compile.py).
 TILES = {
     (80, 64, "short"): ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
     (80, 64, "medium"): ((64, 32, 4, 4), (64, 64, 8, 3), (32, 64, 4, 3)),

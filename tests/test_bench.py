@@ -65,6 +65,23 @@ def test_the_readme_shows_what_was_recorded():
             assert f"| {case} | {' | '.join(numbers)} |" in readme
 
 
+def test_the_readme_shows_what_was_recorded_on_a_gpu():
+    records = [*map(json.loads, (ROOT / "results" / "h200.jsonl").read_text().splitlines())]
+    readme = (ROOT / "README.md").read_text()
+    newest = {(row["case"], row["way"]): row for record in records
+              if record.get("bench") == "kernels" for row in record["rows"] if "tflops" in row}
+    for (case, way), row in newest.items():
+        ratios = row["ratios"]
+        line = (f"| {case} | {way} | {row['tflops']:.0f} | {ratios['varlen_attn']:.2f} | "
+                f"{ratios['cuDNN']:.2f} |")
+        assert way == "backward" or line in readme
+    steps = [row for record in records if record.get("bench") == "train" for row in record["rows"]]
+    for row in steps[-6:]:
+        assert abs(row["planned_gb"] / row["memory_gb"] - 1) < 0.03
+        assert (f"| {row['seconds'][1]:.2f} s | {row['samples_s']:.0f} | {100 * row['mfu']:.1f} % | "
+                f"{row['memory_gb']:.1f} GB | {row['planned_gb']:.1f} GB |") in readme
+
+
 def test_the_readme_shows_the_parity_and_the_loading_that_were_recorded():
     records = [*map(json.loads, (ROOT / "results" / "cpu.jsonl").read_text().splitlines())]
     readme = (ROOT / "README.md").read_text()

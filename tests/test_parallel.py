@@ -239,7 +239,7 @@ def one_of_two(rank: int, store: str, model, batches, backend: str, results):
     shard(model, torch.float32)
     means, _ = losses(model, [batches[rank]], 0.0, backward=True)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
-    results[rank] = means[0], norm.item()
+    results[rank] = means[0].item(), norm.item()
     dist.destroy_process_group()
 
 
@@ -297,7 +297,7 @@ def test_two_ranks_compute_with_every_backend_what_one_does(
     means, _ = losses(model, [whole], 0.0, backward=True)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     for rank in (0, 1):
-        assert results[rank] == (pytest.approx(means[0], rel=1e-5), pytest.approx(norm, rel=1e-5))
+        assert results[rank] == pytest.approx((means[0].item(), norm), rel=1e-5)
 
 
 def shard_of_three(rank: int, store: str, folder: Path, results):
