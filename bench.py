@@ -80,9 +80,10 @@ def main() -> None:
     if options.json:
         append(options.json, "")  # before any work is done
     machine, rows = versions(), []
-    if options.what == "kernels":
+    if options.what in ("kernels", "train"):
         machine |= ceilings()
         print("   ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    if options.what == "kernels":
         rows += kernels(options.seconds, options.case)
     gpu_is_missed = triton and not (torch.cuda.is_available() or INTERPRETED or options.case)
     if options.what == "load":

@@ -268,7 +268,7 @@ def show(row: dict) -> None:
 
 def of_preset(seconds: float, flags: list[str]) -> dict:
     """A training step of a preset on one device: samples/s, MFU, memory beside what was planned."""
-    c, ranks = parse([*flags, "--init", "none"]), this_rank()
+    c, ranks = parse([*flags, "--init", "none"], "bench.py"), this_rank()
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     with device:
@@ -296,8 +296,9 @@ def of_preset(seconds: float, flags: list[str]) -> dict:
            "planned_gb": sum(memory(c, model, 1, 1, work).values()) / 1e9}
     print(f"{row['case']}: {middle:.3f} s ({low:.3f} to {high:.3f})   "
           f"{row['samples_s']:.1f} samples/s   {row['tokens_s']:.0f} tokens/s   "
-          f"{row['tflops']:.1f} TFLOP/s   MFU {100 * row['mfu']:.1f} %   memory "
-          f"{row['memory_gb']:.1f} GB, planned {row['planned_gb']:.1f}", flush=True)
+          f"{row['tflops']:.1f} TFLOP/s   MFU {100 * row['mfu']:.1f} %"
+          + (f"   memory {row['memory_gb']:.1f} GB, planned {row['planned_gb']:.1f}"
+             if device.type == "cuda" else ""), flush=True)  # the plan is about GPUs
     return row
 
 

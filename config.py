@@ -59,8 +59,8 @@ class TrainConfig:
                                        "steps then follow from them (0: as many as --steps says)",
                                        low=0)
     lr: tuple[float, ...] = option((1e-3, 1e-3), "peak learning rate of each stage", above=0)
-    min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage",
-                                       low=0)
+    min_lr: tuple[float, ...] = option((1e-4, 1e-4), "learning rate at the end of each stage (with "
+                                       "--lr alone, the preset's share of it)", low=0)
     warmup_steps: tuple[int, ...] = option((50, 50), "steps of linear warm-up of each stage",
                                            low=0)
     warmup_share: tuple[float, ...] = option((0.2, 0.2), "at most this share of a stage is warm-up",
@@ -94,7 +94,7 @@ class TrainConfig:
     vocab_size: int = option(1000, "most pieces of a tokenizer trained from nothing", low=300)
     plot: str = option("", "run folder whose curves to draw, into its curves.png")
     plan: str = option("no", "say what the run will need, and do not begin it", YES_OR_NO)
-    world_size: int = option(32, "number of GPUs that --plan is about", low=1)
+    world_size: int = option(1, "number of GPUs that --plan is about", low=1)
     gpu: str = option("a100-80gb", "kind of GPU that --plan is about", GPU_NAMES)
     mfu: float = option(0.5, "share of the GPUs' peak that --plan counts on", above=0, high=1)
     mean_tokens: int = option(0, "of a document, for --plan (0: 40 for captions, 300 for "
@@ -151,6 +151,12 @@ class TrainConfig:
                              f"--data, 'pretrain' and 'instruct' to the drawn world")
         for text in (*self.data, *self.val):
             Spec.of(text)  # which refuses what it does not understand
+        for stage, peak, floor in zip(self.stages, self.lr, self.min_lr, strict=True):
+            if floor > peak:
+                raise ValueError(f"--min-lr {floor} of stage {stage} is above its --lr {peak}")
+        if 0 < self.longest_tokens < self.mean_tokens:
+            raise ValueError(f"--longest-tokens {self.longest_tokens} is below --mean-tokens "
+                             f"{self.mean_tokens}")
         if self.val and not self.data:
             raise ValueError("--val belongs to --data; the drawn world has its own")
         if bool(self.vision) != bool(self.lm) or self.vision and self.init:
@@ -291,8 +297,8 @@ def check_split(config: TrainConfig, n_ranks: int) -> None:
     share = batch // n_ranks
     if micro and share % min(micro, share):
         near = nearest(micro, [n for n in range(1, share + 1) if share % n == 0])
-        raise UserError(f"--batch-size {batch} on {n_ranks} processes is {share} samples each, "
-                        f"which --micro-batch {micro} does not divide; use --micro-batch {near}")
+        raise UserError(f"--batch-size {batch} is {share} samples for each of {n_ranks}, which "
+                        f"--micro-batch {micro} does not divide; use --micro-batch {near}")
 
 
 def check_groups(config: TrainConfig, n_ranks: int) -> None:
@@ -346,9 +352,9 @@ def resumed(given: dict) -> TrainConfig:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
-def parse(argv: list[str]) -> TrainConfig:
+def parse(argv: list[str], prog: str = "train.py") -> TrainConfig:
     """Command line -> config: preset, then flags; or a resumed run's. Wrong flags exit with 2."""
-    parser = Parser(prog="train.py", description="Train a vision-language model. In brackets: what "
+    parser = Parser(prog=prog, description="Train a vision-language model. In brackets: what "
                     "holds unless said otherwise; a preset, and --data, may choose for themselves.")
     types_of = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
@@ -391,6 +397,9 @@ def recipe(given: dict) -> dict:
     if "stages" in given:
         n = len(given["stages"])
         fields |= {name: (fields[name] + n * fields[name][-1:])[:n] for name in PER_STAGE}
+    if "lr" in given and len(given["lr"]) == len(fields["lr"]):  # the way down keeps its depth
+        fields["min_lr"] = tuple(lr * floor / peak for lr, floor, peak in
+                                 zip(given["lr"], fields["min_lr"], fields["lr"], strict=True))
     if preset != "tiny" and given.get("shrink", 1) == 1 and not (
             {"init", "vision", "plan"} & given.keys()):
         raise ValueError(f"{preset} starts from published weights: give --vision CLIP and --lm "

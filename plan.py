@@ -28,7 +28,8 @@ from weights import shapes
 GB = 1e9
 GPUS_A_NODE = 8
 BYTES_A_SAMPLE = 40_000  # a JPEG of some 300 px and its words: an assumption
-TOKENS = {"pretrain": (40, 128), "instruct": (300, 2048)}  # mean and longest sample, assumed
+TOKENS = {"pretrain": (40, 128), "data": (40, 128),  # mean and longest document, assumed
+          "instruct": (300, 2048)}
 
 
 @dataclass(frozen=True)
@@ -71,29 +72,31 @@ def flops(model: VisionLanguageModel, work: Work, frozen: str = "none", recomput
     # The rows of special tokens lie at the bottom: if they are trained, gradients reach them.
     words = 3 if "decoder" in trained else 2 if "special" in trained else pass_share(model)
     core = 3 if words > 1 else 1
-    again = {"none": 0, "selective": 1, "full": 1}[recompute]
+    again, core_again = {"none": (0, 0), "selective": (1, 0), "full": (1, 1)}[recompute]
     P, n_seen = v.n_patches + 1, c.tokens_per_image
     cross = list(model.cross_blocks.values())
     keys_values = sum(matrices(b.attn.k_proj) + matrices(b.attn.v_proj) for b in cross)
     d = c.decoder
     inner, layers = d.n_heads * d.head_dim, d.n_layers
     parts = {
-        "vision": eye * work.images * (2 * P * matrices(model.vision)
-                                       + 4 * P**2 * v.n_heads * v.head_dim * v.n_layers),
+        "vision": work.images * (
+            (eye + again * (eye > 1)) * 2 * P * matrices(model.vision)
+            + (eye + core_again * (eye > 1)) * 4 * P**2 * v.n_heads * v.head_dim * v.n_layers),
         "decoder": (words + again) * 2 * work.tokens * matrices(model.blocks)
-        + (core + again) * 4 * work.word_pairs * inner * layers,
+        + (core + core_again) * 4 * work.word_pairs * inner * layers,
         "head": (3 if "decoder" in trained else 2) * 2 * work.targets * model.head.numel(),
         "cross-attention": (3 + again) * (
             2 * work.images * n_seen * keys_values
-            + 2 * work.tokens * (sum(map(matrices, cross)) - keys_values)
-            + 4 * work.picture_pairs * inner * len(cross)),
+            + 2 * work.tokens * (sum(map(matrices, cross)) - keys_values))
+        + (3 + core_again) * 4 * work.picture_pairs * inner * len(cross),
     }
     if c.resampler:
         r, keys = c.resampler, v.n_tokens + c.resampler.n_latents
         a_block = matrices(model.resampler.blocks[0].k_proj) * 2 * keys + r.n_latents * (
             matrices(model.resampler.blocks[0]) - 2 * matrices(model.resampler.blocks[0].k_proj))
-        parts["resampler"] = (3 + again) * work.images * r.n_layers * (
-            2 * a_block + 4 * r.n_latents * keys * r.n_heads * r.head_dim)
+        parts["resampler"] = work.images * r.n_layers * (
+            (3 + again) * 2 * a_block
+            + (3 + core_again) * 4 * r.n_latents * keys * r.n_heads * r.head_dim)
     return parts
 
 
@@ -256,9 +259,10 @@ def plan_stage(c: TrainConfig, number: int) -> list[str]:
     n_micro, batch = c.accumulation(n_ranks), c.batch_size
     samples = batch // n_ranks // n_micro
     documents = documents_of(model.config, c.stages[0])
-    mean, longest = (work_of(model.config, samples, documents, tokens) for tokens in
-                     (c.mean_tokens or TOKENS[c.stages[0]][0],
-                      c.longest_tokens or TOKENS[c.stages[0]][1]))
+    usual, most = TOKENS[c.stages[0]]
+    n_mean = c.mean_tokens or usual
+    mean, longest = (work_of(model.config, samples, documents, tokens)
+                     for tokens in (n_mean, c.longest_tokens or max(most, n_mean)))
     per_step = flops(model, mean, c.frozen[0], "none")
     hardware = flops(model, mean, c.frozen[0], c.recompute)
     per_sample = sum(per_step.values()) / samples
@@ -283,13 +287,14 @@ def plan_stage(c: TrainConfig, number: int) -> list[str]:
 
 def documents_of(config: ModelConfig, stage: str) -> int:
     """Of a sample: its caption, and the search for its picture where that is learned."""
-    return 2 if config.contrastive_dim and stage == "pretrain" else 1
+    return 2 if config.contrastive_dim and stage != "instruct" else 1
 
 
 def work_of(config: ModelConfig, samples: int, documents: int, tokens: int) -> Work:
-    """A micro-batch of samples with a picture and so many documents each, of which one shows it."""
+    """A micro-batch of samples with a picture and so many documents each, of which one shows it and
+    is learned."""
     total = samples * tokens * documents
-    return Work(samples, total, total, documents * samples * tokens * (tokens + 1) / 2,
+    return Work(samples, total, samples * tokens, documents * samples * tokens * (tokens + 1) / 2,
                 samples * tokens * config.tokens_per_image)
 
 
@@ -353,7 +358,8 @@ def traffic_table(c: TrainConfig, model: VisionLanguageModel, n_micro: int, step
     gpu, n_nodes = GPUS[c.gpu], max(c.world_size // GPUS_A_NODE, 1)
     lines = ["| a step's traffic of a GPU | in its node, GB | s | between nodes, GB | s |",
              "| --- | ---: | ---: | ---: | ---: |"]
-    for name, n_groups in {"full sharding": 1, f"HSDP, {n_nodes} groups": n_nodes}.items():
+    for n_groups in sorted({1, n_nodes, groups(c, c.world_size)}):
+        name = f"HSDP, {n_groups} groups" if n_groups > 1 else "full sharding"
         inside, outside = traffic(c, model, c.world_size, n_groups, n_micro)
         lines.append(f"| {name} | {inside / GB:.1f} | {inside / gpu.link:.2f} | "
                      f"{outside / GB:.1f} | {outside / gpu.network:.2f} |")

@@ -39,6 +39,7 @@ VILA_7B = ModelConfig(
     contrastive_dim=768,  # ours, CLIP's
 )
 
+GPUS = 32  # of both cards
 VILLA = dict(
     stages=("pretrain",), steps=(1_000_000,), epochs=(0.0,), lr=(5e-5,), min_lr=(1e-6,),
     warmup_steps=(2000,), warmup_share=(0.2,), frozen=("vision",),
@@ -54,19 +55,18 @@ PRESETS: dict[str, dict] = {
         frozen=("none", "vision"), gate_start=0.7, gate_lr_scale=20.0),
     "villa-1b": dict(model=VILLA_1B, **VILLA | dict(
         steps=(100_000,), lr=(1e-4,), batch_size=256, micro_batch=32)),  # ours
-    "villa-7b": dict(model=VILLA_7B, **VILLA),
+    "villa-7b": dict(model=VILLA_7B, world_size=GPUS, **VILLA),
     "vila-7b": dict(
         model=VILA_7B, stages=("pretrain", "instruct"),
         steps=(732_422, 975),  # 1.5 B samples; three epochs of LLaVA's 665 K, if no --data says
         epochs=(0.0, 3.0), lr=(1e-4, 2e-5), min_lr=(1e-5, 2e-6), warmup_steps=(2000, 2000),
         warmup_share=(0.2, 0.03), frozen=("vision+decoder", "vision"),
-        batch_size=2048, micro_batch=4,  # 16 accumulation steps on 32 GPUs
+        batch_size=2048, micro_batch=4, world_size=GPUS,  # 16 accumulation steps
         random_crop=0.9, jitter=0.2,  # the card's augmentation; how much is ours
         adam_eps=1e-6, weight_decay=0.1, contrastive_weight=0.1, gate_lr_scale=10.0,  # ours
     ),
 }
 PER_STAGE = ("stages", "steps", "epochs", "lr", "min_lr", "warmup_steps", "warmup_share", "frozen")
-GPUS = 32  # of both cards
 
 
 def preset_fields(name: str, stage: int = 0, shrink: int = 1) -> dict:
@@ -115,11 +115,12 @@ def shrunk(c: ModelConfig, by: int) -> ModelConfig:
 def shrunk_recipe(fields: dict, by: int) -> dict:
     """Batch, steps and warm-up divided by `by`; rates times its root, as small models want them.
 
-    A micro-batch stands for those of all GPUs, so that accumulation stays what it is.
+    A micro-batch stands for those of all GPUs, so that accumulation stays what it is. Batch and
+    micro-batch are powers of two: they divide each other.
     """
-    batch = fewer(fields.get("batch_size", 32), by)
-    small = dict(batch_size=batch, micro_batch=min(fewer(GPUS * fields["micro_batch"], by), batch)
-                 if "micro_batch" in fields else 0)
+    batch = power_of_2(fewer(fields.get("batch_size", 32), by))
+    micro = power_of_2(fewer(GPUS * fields["micro_batch"], by)) if "micro_batch" in fields else 0
+    small = dict(batch_size=batch, micro_batch=min(micro, batch), world_size=1)
     for name in ("steps", "warmup_steps"):
         if name in fields:
             small[name] = tuple(fewer(value, by) for value in fields[name])
@@ -131,6 +132,11 @@ def shrunk_recipe(fields: dict, by: int) -> dict:
 
 def fewer(n: int, by: int) -> int:
     return max(n // by, 1)
+
+
+def power_of_2(n: int) -> int:
+    """The largest one up to n."""
+    return 1 << (n.bit_length() - 1)
 
 
 def narrower(width: int, by: int) -> int:

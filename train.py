@@ -424,8 +424,8 @@ def stop_on_signals() -> threading.Event:
 
 
 def gates(model: VisionLanguageModel) -> dict[str, float]:
-    """tanh of every gate: how far each gated block has opened."""
-    return {name: float(whole(p).detach().tanh())
+    """How far each gated block has opened: |tanh| of its gate, a mean where channels have one."""
+    return {name: float(whole(p).detach().tanh().abs().mean())
             for name, p in model.named_parameters() if name.endswith("_gate")}
 
 

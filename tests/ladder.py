@@ -135,6 +135,7 @@ def train(ranks: int, *arguments) -> None:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    print("train.py", *arguments, flush=True)
     subprocess.run([*launcher, ROOT / "train.py", *map(str, arguments)], check=True)
 
 

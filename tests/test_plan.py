@@ -106,7 +106,11 @@ def test_a_plan_begins_no_run_and_needs_no_files(tmp_path, cli, monkeypatch):
 
 
 # What the tracker cannot do is left out: micro-batches, recomputing, weights whole on each rank.
-TRACKED = [("villa-7b", 1, 32, 40, 2048), ("vila-7b", 1, 32, 40, 512), ("vila-7b", 2, 32, 300, 128)]
+TRACKED = [(preset, stage, 32, tokens, batch)
+           for preset, stage, batch, lengths in (("villa-7b", 1, 2048, (40, 128)),
+                                                 ("vila-7b", 1, 512, (40, 128)),
+                                                 ("vila-7b", 2, 128, (300, 2048)))
+           for tokens in lengths]
 
 
 @pytest.mark.slow

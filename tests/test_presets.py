@@ -89,7 +89,7 @@ def test_a_preset_that_lacks_something_says_what(cli, arguments, line):
 @pytest.mark.parametrize("ranks, micro, line", [
     (24, 64, "does not divide into 24 processes; use 16 or 32 processes, or --batch-size 2040 or "
              "2064"),
-    (32, 48, "is 64 samples each, which --micro-batch 48 does not divide; use --micro-batch 32 or "
+    (32, 48, "is 64 samples for each of 32, which --micro-batch 48 does not divide; use --micro-batch 32 or "
              "64"),
     (4096, 1, "use 2048 processes, or --batch-size 4096"),
 ])
@@ -119,4 +119,6 @@ def test_a_shrunken_preset_keeps_its_structure(name, by):
         large.decoder.n_heads // large.decoder.n_kv_heads)
     fields, less = preset_fields(name), preset_fields(name, 0, by)
     assert less["frozen"] == fields["frozen"] and less["stages"] == fields["stages"]
-    assert TrainConfig(**less).batch_size == max(fields.get("batch_size", 32) // by, 1)
+    config, batch = TrainConfig(**less), max(fields.get("batch_size", 32) // by, 1)
+    assert batch / 2 < config.batch_size <= batch
+    check_split(config, 1)  # which refuses what does not divide
