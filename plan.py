@@ -8,8 +8,8 @@ is frozen with nothing trained below it costs its forward pass alone: counting a
 would flatter a run with frozen parts.
 
 Letters as in model.py. Memory is that of one GPU at the worst moment, early in the last backward
-pass of a step: all kept activations are there, two blocks are gathered, one's gradients are on
-their way. Later gradients take the activations' place.
+pass of a step: all kept activations are there, two groups of blocks are gathered, one's gradients
+are on their way. Later gradients take the activations' place.
 """
 
 import time
@@ -138,13 +138,12 @@ def memory(c: TrainConfig, model: VisionLanguageModel, n_ranks: int, n_micro: in
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained, frozen = (sum(n for n, of in sizes if of is which) for which in (True, False))
     only_trained = c.shard == "trained"
-    groups_of_blocks = in_groups(model)
-    largest = max(sum(count(b, only_trained) for b in group) for group in groups_of_blocks)
-    root, root_trained = (
-        count(model, which) - sum(count(b, which) for group in groups_of_blocks for b in group)
-        for which in (only_trained, True))
-    gathered = 2 * (count(model, only_trained) if c.reshard == "no" else root + 2 * largest)
-    reduced = 2 * root_trained + (2 + 4) * largest  # one block's in bf16, and in fp32 on its way
+    kept, learned = ([sum(count(b, which) for b in group) for group in in_groups(model)]
+                     for which in (only_trained, True))
+    root, root_trained = count(model, only_trained) - sum(kept), count(model, True) - sum(learned)
+    two = max(map(sum, zip(kept, kept[1:], strict=False)))  # groups side by side
+    gathered = 2 * (count(model, only_trained) if c.reshard == "no" else root + two)
+    reduced = 2 * root_trained + (2 + 4) * max(learned)  # a group's in bf16; in fp32 on its way
     return {
         "weights": 4 * trained / n_shards + 2 * frozen / (1 if only_trained else n_shards),
         "moments": 8 * trained / n_shards,
