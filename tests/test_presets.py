@@ -89,8 +89,8 @@ def test_a_preset_that_lacks_something_says_what(cli, arguments, line):
 @pytest.mark.parametrize("ranks, micro, line", [
     (24, 64, "does not divide into 24 processes; use 16 or 32 processes, or --batch-size 2040 or "
              "2064"),
-    (32, 48, "is 64 samples for each of 32, which --micro-batch 48 does not divide; use --micro-batch 32 or "
-             "64"),
+    (32, 48, "is 64 samples for each of 32, which --micro-batch 48 does not divide; use "
+             "--micro-batch 32 or 64"),
     (4096, 1, "use 2048 processes, or --batch-size 4096"),
 ])
 def test_a_batch_that_would_not_be_exact_is_refused_with_the_nearest_that_are(ranks, micro, line):
