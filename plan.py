@@ -14,6 +14,7 @@ are on their way. Later gradients take the activations' place.
 
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -141,7 +142,7 @@ def memory(c: TrainConfig, model: VisionLanguageModel, n_ranks: int, n_micro: in
     kept, learned = ([sum(count(b, which) for b in group) for group in in_groups(model)]
                      for which in (only_trained, True))
     root, root_trained = count(model, only_trained) - sum(kept), count(model, True) - sum(learned)
-    two = max(map(sum, zip(kept, kept[1:], strict=False)))  # groups side by side
+    two = max(map(sum, pairwise(kept)))  # groups side by side
     gathered = 2 * (count(model, only_trained) if c.reshard == "no" else root + two)
     reduced = 2 * root_trained + (2 + 4) * max(learned)  # a group's in bf16; in fp32 on its way
     return {
