@@ -77,6 +77,11 @@ def tokenize(caption: str) -> Words:
     return words
 
 
+def cut_caption(text: str) -> str:
+    """What OpenFlamingo keeps of a generated caption: up to the next "Output", without quotes."""
+    return text.split("Output")[0].replace('"', "").strip()
+
+
 # --- BLEU, ROUGE-L, CIDEr-D -----------------------------------------------------------------------
 
 SMALL, TINY = 1e-9, 1e-15  # what the BLEU program adds to counts and to matches
@@ -85,7 +90,7 @@ SIGMA = 6  # of CIDEr-D's penalty for a caption longer or shorter than the refer
 
 def ngrams(words: Words, n: int) -> Counter:
     """How often each run of n words occurs."""
-    return Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
 def bleu(references: dict[Image, list[Words]], candidates: dict[Image, Words]) -> list[float]:
