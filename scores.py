@@ -159,10 +159,14 @@ def bootstrap(units: Iterable, statistic: Callable[[np.ndarray], float] = np.mea
               resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of a statistic (Efron 1979): its 2.5 and 97.5 percentiles over resamples.
 
-    What is drawn, with replacement, are the units: one number or one row for each.
+    Units are numbers, or rows whose first number is a group: as many are drawn, with replacement,
+    from each group as it has.
     """
-    units, rng = np.asarray(list(units)), np.random.default_rng(seed)
-    drawn = [statistic(units[rng.integers(len(units), size=len(units))]) for _ in range(resamples)]
+    units, rng = np.asarray(list(units), float), np.random.default_rng(seed)
+    group = units[:, 0] if units.ndim == 2 else np.zeros(len(units))
+    members = [np.flatnonzero(group == one) for one in np.unique(group)]
+    drawn = [statistic(units[np.concatenate([m[rng.integers(len(m), size=len(m))]
+                                             for m in members])]) for _ in range(resamples)]
     low, high = np.percentile(drawn, (2.5, 97.5))
     return float(low), float(high)
 
