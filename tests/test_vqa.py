@@ -118,8 +118,7 @@ def test_an_open_answer_is_right_if_a_piece_of_it_is(gold, answer, right):
     ("x = 4\nno more", ["x = 4\nno more", 4.0]),  # "=" counts in the last line only
     ("the answer is :", ["the answer is :"]),  # a mark alone is not kept
     ("so it is true, so no", ["no"]),  # what follows the last one
-    # the searches also find pieces of numbers: the 1 of 1.5e3, the 000 of 1,000, 234.567
-    ("1.5e3 or -2 or 1,000", ["1.5e3 or -2 or 1,000", 1000.0, 1500.0, 1.0, -2.0, 0.0]),
+    ("-2 or -1e3", ["-2 or -1e3", -1000.0, -2.0, 3.0]),  # searches also find parts of numbers
     ("1,234.567", [1234.57, 1234.0, 234.57]),
 ])
 def test_an_open_answer_is_told_apart_into_words_and_numbers(answer, pieces):
