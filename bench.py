@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 
 import bench_data
 import bench_train
-from config import Parser, UserError, input_errors, run_main
+from config import Parser, UserError, commit, input_errors, run_main
 from kernels import (
     attention,
     attention_hints,
@@ -113,13 +113,11 @@ def append(path: str, line: str) -> None:
 
 def versions() -> dict:
     gpu = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else ""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent)
     return {
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "python": platform.python_version(), "torch": torch.__version__,
         "triton": getattr(triton, "__version__", "none"), "numpy": np.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "kernels": backend_for(torch.empty(0, device=default_device()[0])),
     }
 

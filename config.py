@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -243,6 +244,16 @@ def pick_device(name: str, local: int = 0) -> torch.device:
         # Ragged batches ask for ever new sizes, and fixed segments would leave gaps between them.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return torch.device(name, local) if name == "cuda" else torch.device(name)
+
+
+def commit() -> str:
+    """Of this code, for records; "unknown" where it is no git clone."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                              text=True, cwd=Path(__file__).parent)
+    except OSError:  # there is no git
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

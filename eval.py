@@ -1,174 +1,456 @@
-"""Evaluation: ask a model questions whose answers are known.
+"""Evaluation: ask a model the questions of a benchmark, and say what its answers are worth.
 
-    python eval.py drawn --model assets/tiny          # the drawn world's exam, 300 of each kind
-    python eval.py drawn --model out/tiny/model --questions 60 --json
+    python eval.py --list                                      # which there are, and their files
+    python eval.py pope --model FOLDER --data DIR              # answers, then scores
+    python eval.py vqav2 --model FOLDER --data DIR --shots 4   # with examples, as OpenFlamingo
+    python eval.py pope --score answers.jsonl --data DIR       # scores anybody's answers
+    python eval.py drawn --model out/tiny/model                # the drawn world's own exam
+    torchrun --nproc_per_node=8 eval.py ...                    # the same, split over eight GPUs
 
-Every question is asked a second time with a blank picture: what a model still gets right then it
-has from the wording of the questions, not from looking. A third column asks other questions, about
-the new combinations.
+Two halves. `collect` lets the model answer, BATCH questions side by side, and appends every answer
+to a file at once: a run that was killed goes on where it was. `result` scores such a file.
+
+Questions of yes or no and of several choices are asked twice more, with a grey picture and with
+another question's: what a model still gets right then it has from the words, not from looking.
 """
 
+import dataclasses
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-import world
-from config import Parser, input_errors, pick_device, run_main
-from data import prompts
-from formats import Document, Ret, chat_document
-from generate import generate
+import exam
+from benchmarks import BENCHMARKS, Benchmark, Picture, Question
+from captions import cut_caption
+from config import Parser, UserError, commit, input_errors, pick_device, pick_dtype, run_main
+from data import encode, pixels, prompts
+from exam import answer_all
+from formats import Document, Image, Ret, Text, chat_document
 from model import VisionLanguageModel
-from scores import is_right
+from parallel import Ranks, start_group, stop_group, this_rank
+from scores import in_form, retrieval
 from tokenizer import Tokenizer
+from vqa import cut_answer
 from weights import BUILT_IN, load_model
 
-GALLERY = 50  # pictures among which a <ret> has to find the right one
-BATCH = 64  # questions answered side by side
-NAMES = {"what": "what", "colour": "colour", "yes/no": "yes/no", "how many": "how many",
-         "where": "where", "box": "box, IoU ≥ 0.5", "find": "find in a box",
-         "caption": "whole caption", "compare": "compare two",
-         "ret": f"`<ret>`, first of {GALLERY}"}
+BATCH = 16  # questions answered side by side
+POOL = 2048  # training samples that examples are drawn from (OpenFlamingo, eval/evaluate.py)
+CONTROLS = ("blank", "shuffled")
+ANSWERS = "answers.jsonl"
+LONGEST_PROMPT = 2000  # tokens; examples that do not fit are left out, the first ones first
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One question with the model's answer."""
-
-    kind: str
-    question: str
-    gold: str
-    answer: str
-    right: bool
+# ------------------------------------------------------------------------------------ prompts
 
 
-def answers(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list,
-            max_new_tokens: int = 96) -> list[str]:
-    """The greedy continuation of every document, BATCH of them at a time."""
-    out: list[str] = []
-    for first in range(0, len(documents), BATCH):
-        batch = prompts(documents[first : first + BATCH], tokenizer, model.config,
-                        model.embed.device)
-        ids: list[list[int]] = [[] for _ in documents[first : first + BATCH]]
-        for step in generate(model, batch, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids,
-                             forbidden=tokenizer.picture_ids):
-            if step.token not in tokenizer.stop_ids:
-                ids[step.document].append(step.token)
-        out += [tokenizer.decode(tokens).strip() for tokens in ids]
-    return out
+def prompt(question: Question, chat: str) -> Document:
+    """The question in a chat template, its pictures where it says <image>, else in front."""
+    pictures = [*map(found, question.pictures)]
+    if "<image>" not in question.text:
+        return chat_document([(pictures, question.text, None)], chat)
+    shown, document = iter(pictures), []
+    for segment in chat_document([([], question.text, None)], chat):
+        first, *rest = segment.string.split("<image>") if not segment.special else [segment.string]
+        document += [dataclasses.replace(segment, string=first)] if first else []
+        for text in rest:
+            document.append(Image(next(shown)))
+            document += [Text(text)] if text else []
+    return document
 
 
-def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: int, *,
-              seed: int = 0, split: str = "test", blank: bool = False) -> list[Asked]:
-    """Ask n questions of one kind about unseen scenes, with their pictures or with blank ones."""
-    n_asked = max(n, GALLERY) if kind == "ret" else n  # a gallery is never smaller
-    questions, size = world.exam(kind, n_asked, seed, split), model.config.vision.image_size
+def with_examples(question: Question, examples: list[Question], show: bool) -> Document:
+    """OpenFlamingo's prompt: examples with their pictures (show) or, for zero shots, without."""
+    document: Document = []
+    for example in [*examples, question]:
+        asked, answer = example.bare
+        words = f"Question:{asked} Short answer:" if asked else "Output:"
+        if show or example is question:
+            document += [Image(found(shown)) for shown in example.pictures]
+        ended = "" if example is question else f"{answer}<|endofchunk|>\n"
+        document.append(Text(words + ended))
+    return document
 
-    def picture(scene: world.Scene) -> np.ndarray:
-        return np.full((size, size, 3), 127, np.uint8) if blank else np.asarray(
-            world.draw(scene, size))
 
-    if kind == "ret":
-        searches = [chat_document([([], q.question, Ret(picture(q.scenes[0])))])
-                    for q in questions]
-        right = find_pictures(model, tokenizer, searches)
-        return [Asked(kind, q.question, "", "", bool(r))
-                for q, r in zip(questions, right, strict=True)][:n]
-    documents = [chat_document([([picture(s) for s in q.scenes], q.question, None)],
-                               tokenizer.chat) for q in questions]
-    asked = []
-    for q, answer in zip(questions, answers(model, tokenizer, documents), strict=True):
-        right = (world.facts(answer) == world.facts(q.answer) if kind == "caption"
-                 else is_right(kind, answer, q.answer))
-        asked.append(Asked(kind, q.question, q.answer, answer, right))
-    return asked
+def found(picture: Picture | bytes | np.ndarray) -> object:
+    return picture.find() if isinstance(picture, Picture) else picture
+
+
+def check_pictures(questions: list[Question]) -> None:
+    """UserError that counts those that are not there, and names the first."""
+    missing = []
+    for question in questions:
+        try:
+            list(map(found, question.pictures))
+        except ValueError as error:
+            missing.append(str(error))
+    if missing:
+        raise UserError(f"{len(missing)} of {len(questions)} questions miss their picture, the "
+                        f"first: {missing[0]}")
+
+
+def shown(document: Document) -> str:
+    """A prompt as it is recorded."""
+    return "".join("<image>" if isinstance(segment, Image) else segment.string
+                   for segment in document)
+
+
+class Examples:
+    """Draws examples for a question: at random, or the most similar pictures (RICES), those last.
+
+    A pool of POOL training samples; a question's draw depends on seed and id alone.
+    """
+
+    def __init__(self, pool: list[Question], n: int, model: VisionLanguageModel | None = None):
+        self.pool = Random(42).sample(pool, min(POOL, len(pool)))
+        self.n, self.model = n, model
+        self.features = features(model, self.pool) if model else None
+
+    def __call__(self, question: Question) -> list[Question]:
+        """n examples; two where none are asked for, which show how to answer but no picture."""
+        n = self.n or 2
+        if self.model:
+            near = (features(self.model, [question]) @ self.features.T)[0].topk(n).indices
+            return [self.pool[i] for i in near.flip(0).tolist()]
+        return Random(f"42/{question.id}").sample(self.pool, n)
 
 
 @torch.inference_mode()
-def find_pictures(model: VisionLanguageModel, tokenizer: Tokenizer, searches: list[Document]
-                  ) -> torch.Tensor:
-    """For each search, a document with a <ret>, whether that comes closest to its own picture.
-
-    Search i chooses among the pictures of searches i, i + 1, ... i + GALLERY - 1, around the end. A
-    tie is not a find.
-    """
-    texts, images = [], []
-    for first in range(0, len(searches), BATCH):
-        out = model(prompts(searches[first : first + BATCH], tokenizer, model.config,
-                            model.embed.device))
-        texts.append(out.ret_features)
-        images.append(out.image_features)
-    similarity = (torch.cat(texts) @ torch.cat(images).T).cpu()
-    n = len(searches)
-    others = (torch.arange(n)[:, None] + torch.arange(1, GALLERY)) % n
-    return similarity.diag() > similarity.gather(1, others).max(1).values
+def features(model: VisionLanguageModel, questions: list[Question]) -> torch.Tensor:
+    """What CLIP says of each question's first picture, (n, E) unit vectors."""
+    vectors, size = [], model.config.vision.image_size
+    for first in range(0, len(questions), BATCH):
+        batch = torch.stack([pixels(found(q.pictures[0]), size)
+                             for q in questions[first : first + BATCH]])
+        vectors.append(F.normalize(model.vision(batch.to(model.embed.device))[1].float(), dim=-1))
+    return torch.cat(vectors)
 
 
-def drawn_exam(model, tokenizer, n: int, *, kinds=world.KINDS_OF_QUESTION, seed: int = 0,
-               baseline: bool = True, new: bool = True) -> dict[str, dict[str, float]]:
-    """Accuracy by kind: {"test": {...}, "blank": {...}, "new": {...}}, each 0..1."""
-    kinds = [kind for kind in kinds if kind != "ret" or model.config.contrastive_dim]
-
-    def accuracy(**how):
-        progress = tqdm(kinds, "exam", disable=None, leave=False)
-        return {kind: sum(a.right for a in ask_drawn(model, tokenizer, kind, n, seed=seed, **how))
-                / n for kind in progress}
-
-    report = {"test": accuracy()}
-    if baseline:
-        report["blank"] = accuracy(blank=True)
-    if new:
-        report["new"] = accuracy(split="new")
-    return report
+# ------------------------------------------------------------------------------ first half: answers
 
 
-def main_accuracy(scores: dict[str, float]) -> float:
-    """The mean over the five kinds that the project's goals are stated in."""
-    return sum(scores[kind] for kind in world.MAIN_KINDS) / len(world.MAIN_KINDS)
+def controlled(questions: list[Question], control: str, size: int) -> list[Question]:
+    """The same questions with grey pictures, or each with those of another one."""
+    if control == "blank":
+        grey = np.full((size, size, 3), 127, np.uint8)
+        return [dataclasses.replace(q, pictures=(grey,) * len(q.pictures)) for q in questions]
+    by_number: dict[int, list[int]] = {}
+    for i, question in enumerate(questions):
+        by_number.setdefault(len(question.pictures), []).append(i)
+    others = list(questions)
+    for places in by_number.values():
+        half = len(places) // 2  # questions about one picture stand side by side
+        for at, i in enumerate(places):
+            others[i] = questions[places[(at + half) % len(places)]]
+    return [dataclasses.replace(q, pictures=other.pictures)
+            for q, other in zip(questions, others, strict=True)]
 
 
-def table(report: dict[str, dict[str, float]]) -> str:
-    """The report as a Markdown table, in percent."""
-    columns = {"test": "unseen scenes", "blank": "blank picture", "new": "new combinations"}
-    shown = [c for c in columns if c in report]
-    lines = ["| question | " + " | ".join(columns[c] for c in shown) + " |",
-             "| --- |" + " ---: |" * len(shown)]
-    for kind in report["test"]:
-        cells = " | ".join(f"{100 * report[c][kind]:.1f}" for c in shown)
-        lines.append(f"| {NAMES[kind]} | {cells} |")
-    if set(world.MAIN_KINDS) <= set(report["test"]):
-        cells = " | ".join(f"**{100 * main_accuracy(report[c]):.1f}**" for c in shown)
-        lines.append(f"| **mean of the first five** | {cells} |")
+def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Question],
+            document_of, longest: int, path: Path, ranks: Ranks, what: str = "") -> None:
+    """Answer what has no answer in `path` yet, and append to it; each rank has a part of its own
+    until all of them are done."""
+    known = read_answers(path) if path.is_file() else {}
+    for part in parts_of(path):
+        known |= read_answers(part, whole=False)
+    mine = [q for i, q in enumerate(questions) if i % ranks.size == ranks.rank]
+    todo = [q for q in mine if q.id not in known]
+    part = path.with_name(f"{path.stem}.{ranks.rank}.part.jsonl")
+    drop_half_a_line(part)
+    with open(part, "a", encoding="utf-8") as file, tqdm(
+            total=len(mine), initial=len(mine) - len(todo), desc=what or None,
+            disable=None if ranks.is_first else True, unit=" answers") as bar:
+        for first in range(0, len(todo), BATCH):
+            some = todo[first : first + BATCH]
+            said = answer_all(model, tokenizer, [document_of(q) for q in some], longest)
+            for question, answer in zip(some, said, strict=True):
+                file.write(json.dumps({"id": question.id, **dataclasses.asdict(answer)}) + "\n")
+            file.flush()
+            bar.update(len(some))
+    ranks.wait()
+    if ranks.is_first:
+        merge(path, questions)
+    ranks.wait()
+
+
+def parts_of(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}.*.part.jsonl"))
+
+
+def drop_half_a_line(path: Path) -> None:
+    """That a killed run has left at the end."""
+    if path.is_file():
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            path.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def merge(path: Path, questions: list[Question]) -> None:
+    """All parts into one file, in the order of the questions; what is there already stays."""
+    known = read_answers(path) if path.is_file() else {}
+    for part in parts_of(path):
+        known |= read_answers(part, whole=False)
+    order = {question.id: i for i, question in enumerate(questions)}
+    whole = path.with_name(path.name + ".whole")
+    with open(whole, "w", encoding="utf-8") as file:
+        for name in sorted(known, key=lambda name: order.get(name, len(order))):
+            file.write(json.dumps({"id": name, **known[name]}) + "\n")
+    whole.replace(path)
+    for part in parts_of(path):
+        part.unlink()
+
+
+def read_answers(path: Path, whole: bool = True) -> dict[str, dict]:
+    """id -> the rest of its line: {"answer": ..., "logprob": ...}. ValueError names a line that is
+    no answer, or the second one to a question; without `whole` a last half line is passed over."""
+    known: dict[str, dict] = {}
+    try:
+        rows = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if not row.strip() or not whole and number == len(rows):
+            continue
+        try:
+            entry = json.loads(row)
+            name, text = str(entry.pop("id")), entry["answer"]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f'{path}: line {number}: must be like {{"id": "17", "answer": '
+                             f'"yes"}}') from None
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: line {number}: the answer must be a text")
+        if name in known:
+            raise ValueError(f"{path}: line {number}: a second answer to {name}")
+        known[name] = entry
+    return known
+
+
+# ----------------------------------------------------------------------------- second half: scores
+
+
+def result(benchmark: Benchmark, questions: list[Question], answers: dict[str, dict],
+           clean: bool = False) -> dict:
+    """What the answers are worth, as it is written to result.json."""
+    rows = {question.id: question.row for question in questions}
+    texts = {name: entry["answer"].strip() for name, entry in answers.items()}
+    scored = benchmark.score(rows, texts, clean=clean)
+    form = questions[0].form
+    said = [texts[q.id] for q in questions if q.id in texts and q.form == form]
+    return {
+        "mode": "clean" if clean else "official", "main": scored.main,
+        "score": scored.scores[scored.main], "interval": scored.interval, "scores": scored.scores,
+        "n": scored.n, "missing": len(scored.missing), "unparsed": scored.unparsed,
+        "undefined": scored.undefined,
+        "in_form": in_form(said, form) if form and said else None}
+
+
+def table(record: dict) -> str:
+    """A record as Markdown."""
+    low, high = record["interval"]
+    lines = [f"{record['benchmark']}, {record['mode']}: **{record['main']} {record['score']:.2f}** "
+             f"({low:.2f} to {high:.2f}), {record['n']} questions, {record['missing']} without an "
+             f"answer, {record['unparsed']} not understood"
+             + (f", {record['in_form']:.1f} % in the form asked for"
+                if record["in_form"] is not None else ""),
+             "", "| score | |" + "".join(f" {name} |" for name in record.get("controls", {})),
+             "| --- | ---: |" + " ---: |" * len(record.get("controls", {}))]
+    for name, value in record["scores"].items():
+        others = "".join(f" {control['scores'].get(name, float('nan')):.2f} |"
+                         for control in record.get("controls", {}).values())
+        lines.append(f"| {name} | {value:.2f} |{others}")
+    if record["undefined"]:
+        lines += ["", f"shares of nothing, given as 0: {', '.join(record['undefined'])}"]
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = Parser(prog="eval.py", description="Score a model on a benchmark.")
-    parser.add_argument("benchmark", choices=["drawn"], help="drawn: the drawn world's exam")
-    parser.add_argument("--model", default="", help="model folder (default: what ships here)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
-                        help="where to compute")
-    parser.add_argument("--questions", type=int, default=300, help="questions of each kind")
-    parser.add_argument("--seed", type=int, default=0, help="which exam")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+@torch.inference_mode()
+def retrieve(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Question]) -> dict:
+    """Recall of pictures by their captions and back, in the contrastive space."""
+    texts, images, image_of = [], [], []
+    for first in tqdm(range(0, len(questions), BATCH), disable=None, unit=" batches"):
+        some = questions[first : first + BATCH]
+        searches = [[Text(caption.strip()), Ret(found(q.pictures[0]))]
+                    for q in some for caption in q.row["references"]]
+        out = model(prompts(searches, tokenizer, model.config, model.embed.device))
+        texts.append(out.ret_features.cpu())
+        images.append(out.image_features.cpu())
+        image_of += [first + i for i, q in enumerate(some) for _ in q.row["references"]]
+    similarity = torch.cat(images) @ torch.cat(texts).T
+    return retrieval(similarity.numpy(), image_of)
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def arguments():
+    parser = Parser(prog="eval.py", description="Score a model, or answers, on a benchmark.")
+    add = parser.add_argument
+    add("benchmark", nargs="?", choices=["drawn", "retrieval", *BENCHMARKS],
+        help="which; see --list")
+    add("--list", action="store_true", help="name all benchmarks and what DIR must hold")
+    add("--model", default="", help="model folder (default: what ships here)")
+    add("--data", default="", metavar="DIR", help="folder of the benchmark's published files")
+    add("--score", default="", metavar="FILE", help="only score these answers, lines like "
+        '{"id": "17", "answer": "yes"}')
+    add("--split", default="", help="which part of it (default: the one that papers quote)")
+    add("--limit", type=int, default=0, help="only so many questions (0: all)")
+    add("--shots", type=int, default=-1, help="ask as OpenFlamingo does, with so many examples "
+        "(0: two without pictures)")
+    add("--rices", action="store_true", help="examples with the most similar pictures")
+    add("--controls", default="yes", choices=["yes", "no"],
+        help="ask questions of yes or no and of choices also with a grey and with another picture")
+    add("--mode", default="official", choices=["official", "clean"], help="how answers are read: "
+        "as the authors' programs do, oddities included, or as a person would")
+    add("--out", default="", help="folder for answers and result (default: out/eval/NAME-MODEL)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+        help="auto: bfloat16 on CUDA, else float32")
+    add("--questions", type=int, default=300, help="drawn: questions of each kind")
+    add("--seed", type=int, default=0, help="drawn: which exam")
+    add("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_args()
-    if args.questions < 1:
-        parser.error(f"--questions must be at least 1, got {args.questions}")
-    device, folder = pick_device(args.device), args.model or BUILT_IN
+    if not args.list and not args.benchmark:
+        parser.error("name a benchmark, or --list them")
+    if args.questions < 1 or args.limit < 0 or args.shots < -1:
+        parser.error("--questions must be at least 1, --limit and --shots at least 0")
+    if args.benchmark not in (None, "drawn") and not args.data and not args.list:
+        parser.error(f"--data: the folder of {args.benchmark}'s files; --list says which")
+    if args.shots >= 0 and not getattr(BENCHMARKS.get(args.benchmark), "examples", ""):
+        parser.error(f"--shots: {args.benchmark} has no training samples to take examples from")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.list:
+        return print("drawn\n    nothing; the drawn world's exam\nretrieval\n    as coco or "
+                     "flickr30k\n" + "\n".join(f"{name}\n    " + b.needs.format(split=b.split)
+                                               for name, b in BENCHMARKS.items()))
+    if args.benchmark == "drawn":
+        return drawn(args)
+    benchmark = BENCHMARKS["coco" if args.benchmark == "retrieval" else args.benchmark]
+    split = args.split or benchmark.split
     with input_errors():
-        model, tokenizer = load_model(folder, device)
-    began = time.time()
-    report = drawn_exam(model, tokenizer, args.questions, seed=args.seed)
-    if args.json:
-        print(json.dumps({"benchmark": "drawn", "model": str(folder), "n": args.questions,
-                          "seed": args.seed, **report}))
+        questions = [*islice(benchmark.read(Path(args.data), split), args.limit or None)]
+    if not questions:
+        raise UserError(f"{args.data}: has no question of {args.benchmark}, split {split!r}")
+    record = {"benchmark": args.benchmark, "split": split}
+    if args.benchmark == "retrieval":
+        with input_errors():
+            model, tokenizer = load_model(args.model or BUILT_IN, pick_device(args.device))
+        if not model.config.contrastive_dim:
+            raise UserError("retrieval: this model has no contrastive head")
+        check_pictures(questions)
+        found = retrieve(model, tokenizer, questions)
+        return print(json.dumps(record | found) if args.json else "\n".join(
+            f"| {name} | {value:.2f} |" for name, value in found.items()))
+    if args.score:
+        with input_errors():
+            record |= result(benchmark, questions, read_answers(Path(args.score)),
+                             args.mode == "clean")
     else:
-        print(table(report))
-        sys.stderr.write(f"{args.questions} questions of each kind, {time.time() - began:.0f} s\n")
+        record |= asked(args, benchmark, questions)
+    if this_rank().is_first:
+        print(json.dumps(record) if args.json else table(record))
+
+
+def asked(args, benchmark: Benchmark, questions: list[Question]) -> dict:
+    """Let the model answer what is not answered yet, and score it."""
+    check_pictures(questions)
+    ranks = this_rank()
+    device = pick_device(args.device, ranks.local)
+    with input_errors():
+        model, tokenizer = load_model(args.model or BUILT_IN, device)
+    model.to(pick_dtype(args.dtype, device))
+    if ranks.size > 1:
+        start_group(ranks, device)
+    about = {"benchmark": args.benchmark, "split": args.split or benchmark.split,
+             "model": str(Path(args.model or BUILT_IN).resolve()), "shots": args.shots,
+             "rices": args.rices}
+    out = Path(args.out or f"out/eval/{args.benchmark}-{Path(about['model']).name}")
+    with input_errors():
+        prepare(out, about)
+    document_of, form = prompt_maker(args, benchmark, model, tokenizer)
+    record = about | {"commit": commit(), "prompt": shown(document_of(questions[0]))}
+    for control in ("", *CONTROLS) if benchmark.controls and args.controls == "yes" else ("",):
+        path = out / (f"answers-{control}.jsonl" if control else ANSWERS)
+        some = (controlled(questions, control, model.config.vision.image_size) if control
+                else questions)
+        collect(model, tokenizer, some, document_of, benchmark.longest, path, ranks, control)
+        answers = {name: entry | {"answer": form(entry["answer"])}
+                   for name, entry in read_answers(path).items() if name in {q.id for q in some}}
+        # OpenFlamingo's own scorer normalises always, which is what "clean" does to VQA.
+        found = result(benchmark, some, answers, args.mode == "clean" or args.shots >= 0)
+        record |= {"controls": record.get("controls", {}) | {control: found}} if control else found
+    if ranks.is_first:
+        (out / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    stop_group()
+    return record
+
+
+def prepare(out: Path, about: dict) -> None:
+    """Make the folder, or go on in it if it is about the same. ValueError if it is about another
+    run, whose answers would mix with ours."""
+    settings = out / "settings.json"
+    if settings.is_file():
+        before = json.loads(settings.read_text(encoding="utf-8"))
+        differing = [f"{name} was {before.get(name)!r}, is {value!r}"
+                     for name, value in about.items() if before.get(name) != value]
+        if differing:
+            raise ValueError(f"--out {out}: has answers of another run ({'; '.join(differing)}); "
+                             f"choose another folder")
+        return
+    if out.is_dir() and any(out.glob("answers*.jsonl")):
+        raise ValueError(f"--out {out}: has answers, but no settings.json; choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written: {error.strerror}") from None
+
+
+def prompt_maker(args, benchmark: Benchmark, model: VisionLanguageModel, tokenizer: Tokenizer
+                 ) -> tuple[Callable, Callable]:
+    """How a question becomes a prompt, and what of the model's words is its answer."""
+    if args.shots < 0:
+        return lambda question: prompt(question, tokenizer.chat), str.strip
+    with input_errors():
+        pool = [*benchmark.read(Path(args.data), benchmark.examples)]
+    if len(pool) < max(args.shots, 2):
+        raise UserError(f"--shots {args.shots}: {args.data} has {len(pool)} training samples")
+    examples = Examples(pool, args.shots, model if args.rices else None)
+    room = min(LONGEST_PROMPT, model.config.decoder.max_seq_len - benchmark.longest)
+
+    def document_of(question: Question) -> Document:
+        chosen = examples(question)
+        document = with_examples(question, chosen, args.shots > 0)
+        while chosen and len(encode(document, tokenizer, end=False).ids) > room:
+            chosen = chosen[1:]
+            document = with_examples(question, chosen, args.shots > 0)
+        return document
+
+    return document_of, cut_answer if pool[0].bare[0] else cut_caption
+
+
+def drawn(args) -> None:
+    """The drawn world's exam, which exam.py describes."""
+    with input_errors():
+        model, tokenizer = load_model(args.model or BUILT_IN, pick_device(args.device))
+    began = time.time()
+    report = exam.drawn_exam(model, tokenizer, args.questions, seed=args.seed)
+    if args.json:
+        return print(json.dumps({"benchmark": "drawn", "model": str(args.model or BUILT_IN),
+                                 "n": args.questions, "seed": args.seed, **report}))
+    print(exam.table(report))
+    sys.stderr.write(f"{args.questions} questions of each kind, {time.time() - began:.0f} s\n")
 
 
 if __name__ == "__main__":

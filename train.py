@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import eval
+import exam
 import world
 from augment import Augment
 from checkpoint import Saver, gather_objects, latest_checkpoint, load_checkpoint, mark_best
@@ -368,7 +368,7 @@ def evaluate(run: Run, stage: int, step: int, validation: Validation, final: boo
         save_model(run.out / "model", run.model.config, state, run.tokenizer)
     if has_exam and run.ranks.is_first:
         report = drawn_report(run, state, final)
-        accuracy = eval.main_accuracy(report["test"])
+        accuracy = exam.main_accuracy(report["test"])
         line += f", accuracy {100 * accuracy:.1f} %"
         record |= {"accuracy": accuracy, "report": report}
     run.ranks.wait()
@@ -392,11 +392,11 @@ def drawn_report(run: Run, state: dict[str, Tensor], final: bool) -> dict:
     model = VisionLanguageModel(run.model.config).to(run.device)
     model.load_state_dict(state)
     if not final:
-        return eval.drawn_exam(model.eval(), run.tokenizer, run.config.eval_questions, seed=1,
+        return exam.drawn_exam(model.eval(), run.tokenizer, run.config.eval_questions, seed=1,
                                kinds=world.MAIN_KINDS, baseline=False, new=False)
-    report = eval.drawn_exam(model.eval(), run.tokenizer, run.config.exam_questions)
+    report = exam.drawn_exam(model.eval(), run.tokenizer, run.config.exam_questions)
     (run.out / "exam.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(eval.table(report), flush=True)
+    print(exam.table(report), flush=True)
     return report
 
 

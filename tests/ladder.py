@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 import world
 from drawn import DrawnWorld, short_captions
-from eval import drawn_exam, find_pictures, main_accuracy
+from exam import drawn_exam, find_pictures, main_accuracy
 from formats import caption_documents
 from published import FAMILIES, original
 from tests.shards import encoded, write_sample

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import eval
+import exam
 import sample
 import world
 from weights import load_model
@@ -31,16 +31,16 @@ def test_the_built_in_model_is_small(tiny):
 
 
 def test_the_built_in_model_answers_a_short_exam(tiny):
-    report = eval.drawn_exam(*tiny, 50, kinds=world.MAIN_KINDS, seed=3, baseline=True, new=False)
-    assert eval.main_accuracy(report["test"]) >= 0.95
-    assert eval.main_accuracy(report["blank"]) <= 0.35  # it is the picture that tells
+    report = exam.drawn_exam(*tiny, 50, kinds=world.MAIN_KINDS, seed=3, baseline=True, new=False)
+    assert exam.main_accuracy(report["test"]) >= 0.95
+    assert exam.main_accuracy(report["blank"]) <= 0.35  # it is the picture that tells
 
 
 @pytest.mark.slow
 def test_the_built_in_model_keeps_the_promises_of_the_readme(tiny):
-    report = eval.drawn_exam(*tiny, 300, baseline=False)
-    assert eval.main_accuracy(report["test"]) >= 0.95
-    assert eval.main_accuracy(report["new"]) >= 0.88
+    report = exam.drawn_exam(*tiny, 300, baseline=False)
+    assert exam.main_accuracy(report["test"]) >= 0.95
+    assert exam.main_accuracy(report["new"]) >= 0.88
     for kind, least in (("box", 0.85), ("compare", 0.90), ("ret", 0.90)):
         assert report["test"][kind] >= least, kind
 
@@ -49,11 +49,11 @@ def test_the_built_in_model_keeps_the_promises_of_the_readme(tiny):
 def test_the_built_in_model_answers_as_well_as_the_readme_says(tiny):
     records = map(json.loads, (ROOT / "results" / "cpu.jsonl").read_text().splitlines())
     written = [record["report"] for record in records if "report" in record][-1]
-    found = eval.drawn_exam(*tiny, 300)
+    found = exam.drawn_exam(*tiny, 300)
     for column, kinds in written.items():
         for kind, accuracy in kinds.items():
             assert abs(found[column][kind] - accuracy) <= 0.02, (column, kind)
-    assert eval.table(written).splitlines()[2] in (ROOT / "README.md").read_text()
+    assert exam.table(written).splitlines()[2] in (ROOT / "README.md").read_text()
 
 
 def test_the_built_in_model_describes_the_cat(cli):

@@ -51,12 +51,14 @@ MAY_IMPORT = {
     "scores": set(),
     "vqa": {"scores"},
     "captions": set(),
-    "eval": {"model", "generate", "weights", "tokenizer", "data", "scores", "vqa", "captions",
-             "world", "formats", "config"},
+    "benchmarks": {"formats", "records", "scores", "vqa", "captions"},
+    "exam": {"model", "generate", "tokenizer", "data", "scores", "world", "formats"},
+    "eval": {"model", "weights", "tokenizer", "data", "scores", "vqa", "captions", "formats",
+             "benchmarks", "exam", "parallel", "config"},
     "watch": {"model", "tokenizer", "formats", "data"},
     "train": {"kernels", "vision", "model", "tokenizer", "world", "records", "formats", "sources",
               "augment", "tally", "data", "weights", "config", "optim", "parallel", "start",
-              "checkpoint", "runs", "plan", "plot", "watch", "eval"},
+              "checkpoint", "runs", "plan", "plot", "watch", "exam"},
     "sample": {"model", "generate", "vision", "weights", "tokenizer", "data", "formats", "config"},
     "resources": {"kernels", "config"},
     "bench_data": {"vision", "model", "records", "sources", "augment", "data", "weights"},
@@ -88,7 +90,7 @@ def test_a_file_imports_only_what_its_place_allows(path):
     names = imported(path)
     assert names & OURS <= MAY_IMPORT[place], sorted(names & OURS - MAY_IMPORT[place])
     others = names - OURS - set(sys.stdlib_module_names)
-    allowed = THIRD_PARTY | (PEERS if place.startswith("bench") else OPTIONAL)
+    allowed = THIRD_PARTY | (PEERS if re.match("bench(_|$)", place) else OPTIONAL)
     assert others <= allowed, sorted(others - allowed)
 
 

@@ -1,0 +1,471 @@
+"""Benchmarks: published files on disk -> questions, each with its picture and what is right.
+
+One short section a benchmark says which files DIR must hold, what is asked and in which words; what
+an answer is worth stands in scores.py and captions.py, and eval.py lets a model answer. BENCHMARKS
+at the end is the table of all.
+
+A prompt is the one that instruction-tuned models of the LLaVA family are asked with. With
+`few-shot` (eval.py --shots) a question goes by its bare words instead, as OpenFlamingo asks.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+import scores
+import vqa
+from captions import caption_scores, chair, cider_d, objects_shown, read_synonyms, tokenize
+from formats import (
+    FIND,
+    IMAGE_SUFFIXES,
+    LETTER,
+    ONE_WORD,
+    Reading,
+    coco_2017,
+    gqa_picture,
+    textvqa_picture,
+    vqa_picture,
+)
+from records import BadRecord
+from scores import Result, parse_all, result
+
+
+@dataclass(frozen=True)
+class Question:
+    """`text` asks about `pictures` (or their bytes), which stand where it says <image>, else in
+    front. `row` is what the scorer needs, named as published. `form`: what kind of answer is asked
+    for, one of scores.FORMS or "" (sentences). `bare`: the question alone, and a person's answer to
+    it, for prompts with examples."""
+
+    id: str
+    text: str
+    pictures: tuple
+    row: dict
+    form: str = ""
+    bare: tuple[str, str] = ("", "")
+
+
+# ------------------------------------------------------------------------------- reading files
+
+
+def load(folder: Path, *names: str, source: str) -> object:
+    """The JSON of the first of these files that is there. ValueError names what is missing, or
+    which line cannot be read."""
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder}: has no {' or '.join(names)}; it comes from {source}")
+    if path.suffix in (".p", ".pkl", ".pickle"):
+        raise ValueError(f"{path}: a pickled file can run programs and is not opened; if you trust "
+                         f"it, convert it: python -c \"import json, pickle; json.dump(pickle.load("
+                         f"open('{path.name}', 'rb')), open('{path.stem}.json', 'w'))\"")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.pos:  # one object a line
+            return [*lines(path)]
+        raise ValueError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+
+
+def lines(path: Path) -> Iterator[dict]:
+    """One object a line. ValueError names the line that is none."""
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number}: not JSON: {error}") from None
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}: line {number}: is no object")
+            yield entry
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture below a folder, under one of some names; looked for when it is to be shown."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    def find(self) -> str:
+        """The path of the first one that is there. ValueError if none is."""
+        try:
+            return Reading(Random(0), pictures=str(self.folder)).picture(*self.names)
+        except BadRecord as error:
+            raise ValueError(f"{self.folder}: {error}") from None
+
+
+def picture(folder: Path, *names: str) -> Picture:
+    return Picture(folder, names)
+
+
+def with_suffix(folder: Path, *stems: str) -> Picture:
+    return picture(folder, *(stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES))
+
+
+def options(choices: list[str], mark: str = "{}. ") -> str:
+    return "\n".join(mark.format(chr(65 + i)) + choice for i, choice in enumerate(choices))
+
+
+# ---------------------------------------------------------------------------------- MME (B1)
+
+MME_SUBTASKS = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
+                "landmark", "artwork", "OCR", "commonsense_reasoning", "numerical_calculation",
+                "text_translation", "code_reasoning")
+
+
+def read_mme(folder: Path, split: str) -> Iterator[Question]:
+    found = [name for name in MME_SUBTASKS if (folder / name).is_dir()]
+    if not found:
+        raise ValueError(f"{folder}: has none of MME's folders ({', '.join(MME_SUBTASKS)})")
+    for subtask in found:
+        place = folder / subtask
+        texts = place / "questions_answers_YN"
+        for path in sorted((texts if texts.is_dir() else place).glob("*.txt")):
+            shown = with_suffix(place, path.stem, f"images/{path.stem}")
+            asked = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()
+                     if line.strip()]
+            if len(asked) != 2 or any(len(fields) != 2 for fields in asked):
+                raise ValueError(f"{path}: must have two lines, each a question, a tab and Yes or "
+                                 f"No")
+            for number, (question, answer) in enumerate(asked):
+                bare = question.removesuffix("Please answer yes or no.").strip()
+                row = {"subtask": subtask, "image": path.stem, "answer": answer.strip()}
+                yield Question(f"{subtask}/{path.stem}/{number}", f"{bare}\n{ONE_WORD}", (shown,),
+                               row, "yes/no", (bare, answer.strip().lower()))
+
+
+# --------------------------------------------------------------------------------- MMMU (B2)
+
+
+def read_mmmu(folder: Path, split: str) -> Iterator[Question]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ValueError("MMMU's files are parquet, which pyarrow reads: pip install pyarrow"
+                         ) from None
+    files = sorted(folder.rglob(f"{split}-*.parquet"))
+    if not files:
+        raise ValueError(f"{folder}: has no {split}-*.parquet; they come from huggingface.co, "
+                         f"MMMU/MMMU")
+    for path in files:
+        for row in parquet.read_table(path).to_pylist():
+            choices = ast.literal_eval(row["options"]) if row["options"] else []
+            several = row["question_type"] == "multiple-choice"
+            text = row["question"]
+            if several:
+                text += "\n" + options(choices, "({}) ")
+            text += "\n" + (LETTER if several else ONE_WORD)
+            shown = tuple(row[f"image_{number}"]["bytes"]
+                          for number in re.findall(r"<image ([1-7])>", text))
+            kept = {name: row[name] for name in ("question_type", "options", "answer")}
+            yield Question(row["id"], re.sub(r"<image [1-7]>", "<image>", text), shown, kept,
+                           "letter" if several else "word")
+
+
+# ---------------------------------------------------------------------------- ScienceQA (B3)
+
+
+def read_scienceqa(folder: Path, split: str) -> Iterator[Question]:
+    source = "github.com/lupantech/ScienceQA, data/scienceqa"
+    for number, problem in load(folder, "problems.json", source=source).items():
+        if problem["split"] != split:
+            continue
+        name = f"{split}/{number}/{problem['image']}"
+        shown = (picture(folder, name, f"images/{name}"),) if problem["image"] else ()
+        hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
+        text = f"{hint}{problem['question']}\n{options(problem['choices'])}\n{LETTER}"
+        yield Question(number, text, shown, problem, "letter")
+
+
+# --------------------------------------------------------------------------------- POPE (B4)
+
+POPE_SETS = ("random", "popular", "adversarial")
+
+
+def read_pope(folder: Path, split: str) -> Iterator[Question]:
+    for name in POPE_SETS:
+        entries = load(folder, f"coco_pope_{name}.json", source="github.com/RUCAIBox/POPE, "
+                       "output/coco; its pictures are COCO's val2014")
+        for entry in entries:
+            shown = picture(folder, entry["image"], f"val2014/{entry['image']}")
+            yield Question(f"{name}/{entry['question_id']}", f"{entry['text']}\n{ONE_WORD}",
+                           (shown,), {"category": name, "label": entry["label"]}, "yes/no",
+                           (entry["text"], entry["label"]))
+
+
+# -------------------------------------------------------------------------------- CHAIR (B5)
+
+CHAIR_PICTURES = 500
+
+
+def read_chair(folder: Path, split: str) -> Iterator[Question]:
+    """A random 500 of the pictures. The list of synonyms has no licence: it is the user's file."""
+    if not (folder / "synonyms.txt").is_file():
+        raise ValueError(f"{folder}: has no synonyms.txt; it comes from "
+                         f"github.com/LisaAnne/Hallucination, data")
+    vocabulary = read_synonyms((folder / "synonyms.txt").read_text(encoding="utf-8-sig"))
+    source = "cocodataset.org, annotations of 2014"
+    instances = load(folder, f"instances_{split}.json", source=source)
+    captions = load(folder, f"captions_{split}.json", source=source)
+    names = {category["id"]: category["name"] for category in instances["categories"]}
+    shown: dict[int, list[str]] = {image["id"]: [] for image in instances["images"]}
+    said: dict[int, list[str]] = {image["id"]: [] for image in instances["images"]}
+    for note in instances["annotations"]:
+        shown[note["image_id"]].append(names[note["category_id"]])
+    for note in captions["annotations"]:
+        said[note["image_id"]].append(note["caption"])
+    files = {image["id"]: image["file_name"] for image in instances["images"]}
+    chosen = Random(0).sample(sorted(files), min(CHAIR_PICTURES, len(files)))
+    for number in sorted(chosen):
+        yield Question(str(number), "Please describe this image in detail.",
+                       (picture(folder, files[number], f"{split}/{files[number]}"),),
+                       {"objects": objects_shown(shown[number], said[number], vocabulary),
+                        "vocabulary": vocabulary})
+
+
+# --------------------------------------------------- VQAv2, OK-VQA, TextVQA, GQA, A-OKVQA (B6)
+
+
+def read_vqa(folder: Path, split: str, prefix: str = "v2_", source: str = "visualqa.org"
+             ) -> Iterator[Question]:
+    file = f"{prefix}OpenEnded_mscoco_{split}_questions.json"
+    entries = load(folder, file, source=source)["questions"]
+    notes = load(folder, f"{prefix}mscoco_{split}_annotations.json", source=source)["annotations"]
+    noted = {note["question_id"]: note for note in notes}
+    for entry in entries:
+        note = noted.get(entry["question_id"])
+        if note is None:
+            raise ValueError(f"{folder / file}: question {entry['question_id']} has no annotation")
+        yield vqa_question(folder, entry["question"], vqa_picture(entry, file),
+                           str(entry["question_id"]), note["answers"],
+                           {name: note[name] for name in ("question_type", "answer_type")
+                            if name in note})
+
+
+def vqa_question(folder: Path, question: str, names: list[str], number: str, answers: list,
+                 row: dict) -> Question:
+    return Question(number, f"{question}\n{ONE_WORD}", (picture(folder, *names),),
+                    {"answers": answers, **row}, "word", (question, said(answers[0])))
+
+
+def said(answer: dict | str) -> str:
+    return answer["answer"] if isinstance(answer, dict) else answer
+
+
+def read_okvqa(folder: Path, split: str) -> Iterator[Question]:
+    return read_vqa(folder, split, "", "okvqa.allenai.org")
+
+
+def read_textvqa(folder: Path, split: str) -> Iterator[Question]:
+    data = load(folder, f"TextVQA_0.5.1_{split}.json", source="textvqa.org")["data"]
+    for entry in data:
+        yield vqa_question(folder, entry["question"], textvqa_picture(entry, ""),
+                           str(entry["question_id"]), entry["answers"], {})
+
+
+def read_gqa(folder: Path, split: str) -> Iterator[Question]:
+    entries = load(folder, f"{split}_questions.json", source="cs.stanford.edu/people/dorarad/gqa")
+    for number, entry in entries.items():
+        yield Question(number, f"{entry['question']}\n{ONE_WORD}",
+                       (picture(folder, *gqa_picture(entry, "")),), entry, "word",
+                       (entry["question"], entry["answer"]))
+
+
+def read_aokvqa(folder: Path, split: str) -> Iterator[Question]:
+    """Direct answers."""
+    for entry in load(folder, f"aokvqa_v1p0_{split}.json", source="allenai.org/project/a-okvqa"):
+        shown = picture(folder, *coco_2017(entry, ""))
+        yield Question(entry["question_id"], f"{entry['question']}\n{ONE_WORD}", (shown,), entry,
+                       "word", (entry["question"], entry["direct_answers"][0]))
+
+
+def read_aokvqa_choices(folder: Path, split: str) -> Iterator[Question]:
+    """The choices are given by letter; the text of the one that is named counts."""
+    for question in read_aokvqa(folder, split):
+        asked = f"{question.bare[0]}\n{options(question.row['choices'])}\n{LETTER}"
+        yield replace(question, text=asked, form="letter")
+
+
+# ------------------------------------------------------------ COCO, Flickr30k, NoCaps (B7)
+
+CAPTION = "Provide a one-sentence caption for the provided image."
+
+
+def read_karpathy(folder: Path, split: str, name: str = "coco") -> Iterator[Question]:
+    data = load(folder, f"dataset_{name}.json", source="Karpathy's caption_datasets.zip")
+    for image in data["images"]:
+        if image["split"] == split:
+            places = (f"{image.get('filepath', 'flickr30k-images')}/", "", "images/")
+            yield caption_question(
+                folder, [place + image["filename"] for place in places],
+                str(image.get("cocoid", Path(image["filename"]).stem)),
+                [sentence["raw"] for sentence in image["sentences"]])
+
+
+def read_flickr30k(folder: Path, split: str) -> Iterator[Question]:
+    return read_karpathy(folder, split, "flickr30k")
+
+
+def read_nocaps(folder: Path, split: str) -> Iterator[Question]:
+    data = load(folder, "nocaps_val_4500_captions.json", source="nocaps.org/download")
+    said: dict[int, list[str]] = {}
+    for note in data["annotations"]:
+        said.setdefault(note["image_id"], []).append(note["caption"])
+    for image in data["images"]:
+        yield caption_question(
+            folder, [image["file_name"], f"images/{image['file_name']}"], str(image["id"]),
+            said[image["id"]], image.get("domain", ""))
+
+
+def caption_question(folder: Path, names: list[str], number: str, references: list[str],
+                     domain: str = "") -> Question:
+    return Question(number, CAPTION, (picture(folder, *names),),
+                    {"references": references, "domain": domain},
+                    bare=("", references[0].strip()))
+
+
+# ------------------------------------------------------------------------------ RefCOCO (B8)
+
+
+def read_refcoco(folder: Path, split: str) -> Iterator[Question]:
+    source = "github.com/lichengunc/refer, its refs(...).p converted to JSON once"
+    refs = load(folder, "refs.json", "refs.p", source=source)
+    instances = load(folder, "instances.json", source=source)
+    boxes = {note["id"]: note["bbox"] for note in instances["annotations"]}
+    images = {image["id"]: image for image in instances["images"]}
+    for ref in refs:
+        if ref["split"] == split:
+            image = images[ref["image_id"]]
+            name = image["file_name"]
+            shown = picture(folder, name, f"train2014/{name}", f"images/{name}")
+            row = {"bbox": boxes[ref["ann_id"]], "size": (image["width"], image["height"])}
+            for sentence in ref["sentences"]:
+                yield Question(str(sentence["sent_id"]), FIND.format(sentence["sent"].strip(". ")),
+                               (shown,), row, "box")
+
+
+# ------------------------------------------------------------------- scores of whole sentences
+
+
+def score_captions(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0) -> Result:
+    """BLEU, ROUGE-L and CIDEr-D x 100 of the pictures that have a caption, as coco-caption scores;
+    clean: a missing one is an empty one. Domains (NoCaps) are corpora of their own."""
+    parsed = parse_all(rows, answers, lambda row, text: " ".join(text.split()))
+    written = {key: text or "" for key, text in parsed.items() if clean or key in answers}
+    if not written:
+        raise ValueError("no captions")
+    references = {key: rows[key]["references"] for key in written}
+    found = {name: 100 * value for name, value in caption_scores(references, written).items()}
+    for domain in sorted({rows[key]["domain"] for key in written} - {""}):
+        part = {key: text for key, text in written.items() if rows[key]["domain"] == domain}
+        found[f"CIDEr-D {domain}"] = 100 * caption_scores(references, part)["CIDEr-D"]
+    each = cider_d({key: [tokenize(text) for text in references[key]] for key in written},
+                   {key: tokenize(text) for key, text in written.items()})
+    credit = {key: each.get(key, 0.0) / 10 for key in rows}
+    return result(answers, parsed, credit, found, "CIDEr-D", seed=seed,
+                  units=[100 * value for value in each.values()], statistic=np.mean)
+
+
+def score_chair(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0) -> Result:
+    """CHAIRs, CHAIRi and recall in percent, smaller is better for the first two."""
+    parsed = parse_all(rows, answers, lambda row, text: text)
+    vocabulary = next(iter(rows.values()))["vocabulary"]
+    objects = {key: row["objects"] for key, row in rows.items()}
+    said = {key: text for key, text in parsed.items() if text is not None}
+    found = chair(said, objects, replace(vocabulary, clean=clean))
+    undefined = tuple(name for name, of in (("CHAIRi", "mentions"), ("recall", "objects"))
+                      if not found[of])
+    shares = {name: 100 * found[name] for name in ("CHAIRs", "CHAIRi", "recall")}
+    credit = {key: 1 - chair({key: said.get(key, "")}, objects, vocabulary)["CHAIRs"]
+              for key in rows}
+    return result(answers, parsed, credit, shares, "CHAIRs", seed=seed,
+                  units=[100 * (1 - value) for value in credit.values()], statistic=np.mean,
+                  undefined=undefined)
+
+
+def score_mmmu(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0) -> Result:
+    """The official program guesses where it finds no letter."""
+    guess = None if clean else 42
+    return vqa.score_mmmu(rows, answers, clean=clean, seed=seed, guess_seed=guess)
+
+
+def score_vqa(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0,
+              normalise: str = "official", stemmed: bool = False) -> Result:
+    stems = vqa.stem_table(rows.values()) if stemmed else None
+    return vqa.score_vqa(rows, answers, normalise="always" if clean else normalise, stems=stems,
+                            seed=seed)
+
+
+def score_aokvqa(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0,
+                 direct: bool = True) -> Result:
+    if not direct:  # a letter stands for its choice's text
+        answers = {key: named(text, rows[key]["choices"]) for key, text in answers.items()
+                   if key in rows}
+    return vqa.score_aokvqa(rows, answers, direct=direct, seed=seed)
+
+
+def named(text: str, choices: list[str]) -> str:
+    letter = vqa.letter_named(text, vqa.LETTERS[: len(choices)])
+    return choices[vqa.LETTERS.index(letter)] if letter else text.strip()
+
+
+# ------------------------------------------------------------------------------------ all of them
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """read(folder, split) -> questions; score(rows, answers, clean=, seed=) -> Result.
+
+    `longest`: of an answer, in tokens. `examples`: the split that --shots draws from. `controls`:
+    whether it is also asked without its pictures."""
+
+    needs: str  # what the folder must hold
+    read: Callable[[Path, str], Iterator[Question]]
+    score: Callable[..., Result]
+    split: str = ""
+    longest: int = 16
+    examples: str = ""
+    controls: bool = False
+
+
+VQA_FILES = "mscoco_{split}_annotations.json, OpenEnded_mscoco_{split}_questions.json, {split}/"
+BENCHMARKS = {
+    "mme": Benchmark("a folder for each subtask (existence/, count/, ...) with NAME.txt, NAME.jpg",
+                     read_mme, scores.score_mme, controls=True),
+    "mmmu": Benchmark("{split}-*.parquet of all subjects, in any folders", read_mmmu,
+                      score_mmmu, "validation", controls=True),
+    "scienceqa": Benchmark("problems.json, {split}/ID/image.png", read_scienceqa,
+                           vqa.score_scienceqa, "test", controls=True),
+    "pope": Benchmark("coco_pope_random.json, _popular, _adversarial, val2014/", read_pope,
+                      scores.score_pope, controls=True),
+    "chair": Benchmark("instances_{split}.json, captions_{split}.json, synonyms.txt, {split}/",
+                       read_chair, score_chair, "val2014", 512),
+    "vqav2": Benchmark("v2_" + VQA_FILES, read_vqa, score_vqa, "val2014", examples="train2014"),
+    "okvqa": Benchmark(VQA_FILES, read_okvqa, partial(score_vqa, stemmed=True), "val2014",
+                       examples="train2014"),
+    "textvqa": Benchmark("TextVQA_0.5.1_{split}.json, train_images/", read_textvqa,
+                         partial(score_vqa, normalise="evalai"), "val", examples="train"),
+    "gqa": Benchmark("{split}_questions.json, images/", read_gqa, vqa.score_gqa,
+                     "testdev_balanced", examples="train_balanced"),
+    "aokvqa": Benchmark("aokvqa_v1p0_{split}.json, val2017/", read_aokvqa, score_aokvqa, "val",
+                        examples="train"),
+    "aokvqa-choices": Benchmark("aokvqa_v1p0_{split}.json, val2017/", read_aokvqa_choices,
+                                partial(score_aokvqa, direct=False), "val", controls=True),
+    "coco": Benchmark("dataset_coco.json (Karpathy's), val2014/", read_karpathy, score_captions,
+                      "test", 64, "train"),
+    "flickr30k": Benchmark("dataset_flickr30k.json (Karpathy's), flickr30k-images/",
+                           read_flickr30k, score_captions, "test", 64, "train"),
+    "nocaps": Benchmark("nocaps_val_4500_captions.json, images/", read_nocaps, score_captions,
+                        longest=64),
+    "refcoco": Benchmark("refs.json, instances.json, train2014/ (as well RefCOCO+ and RefCOCOg)",
+                         read_refcoco, scores.score_refcoco, "val", 48),
+}

@@ -1,0 +1,155 @@
+"""The drawn world's exam: questions about scenes that no training has shown.
+
+    python eval.py drawn --model assets/tiny          # 300 questions of each kind
+    python eval.py drawn --model out/tiny/model --questions 60 --json
+
+Every question is asked a second time with a blank picture: what a model still gets right then it
+has from the wording of the questions, not from looking. A third column asks other questions, about
+the new combinations.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import world
+from data import prompts
+from formats import Document, Ret, chat_document
+from generate import generate
+from model import VisionLanguageModel
+from scores import is_right
+from tokenizer import Tokenizer
+
+GALLERY = 50  # pictures among which a <ret> has to find the right one
+BATCH = 64  # questions answered side by side
+NAMES = {"what": "what", "colour": "colour", "yes/no": "yes/no", "how many": "how many",
+         "where": "where", "box": "box, IoU ≥ 0.5", "find": "find in a box",
+         "caption": "whole caption", "compare": "compare two",
+         "ret": f"`<ret>`, first of {GALLERY}"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with the model's answer."""
+
+    kind: str
+    question: str
+    gold: str
+    answer: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said, and the log-probability of all of it, its end included."""
+
+    answer: str
+    logprob: float
+
+
+def answer_all(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document],
+               max_new_tokens: int = 96) -> list[Answer]:
+    """The greedy continuation of every document, all of them side by side."""
+    batch = prompts(documents, tokenizer, model.config, model.embed.device)
+    ids: list[list[int]] = [[] for _ in documents]
+    logprobs = [0.0] * len(documents)
+    for step in generate(model, batch, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids,
+                         forbidden=tokenizer.picture_ids):
+        logprobs[step.document] += step.logprob
+        if step.token not in tokenizer.stop_ids:
+            ids[step.document].append(step.token)
+    return [Answer(tokenizer.decode(tokens).strip(), logprob)
+            for tokens, logprob in zip(ids, logprobs, strict=True)]
+
+
+def answers(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document]
+            ) -> list[str]:
+    """The same of any number of documents, BATCH of them at a time, the words alone."""
+    return [said.answer for first in range(0, len(documents), BATCH)
+            for said in answer_all(model, tokenizer, documents[first : first + BATCH])]
+
+
+def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: int, *,
+              seed: int = 0, split: str = "test", blank: bool = False) -> list[Asked]:
+    """Ask n questions of one kind about unseen scenes, with their pictures or with blank ones."""
+    n_asked = max(n, GALLERY) if kind == "ret" else n  # a gallery is never smaller
+    questions, size = world.exam(kind, n_asked, seed, split), model.config.vision.image_size
+
+    def picture(scene: world.Scene) -> np.ndarray:
+        return np.full((size, size, 3), 127, np.uint8) if blank else np.asarray(
+            world.draw(scene, size))
+
+    if kind == "ret":
+        searches = [chat_document([([], q.question, Ret(picture(q.scenes[0])))])
+                    for q in questions]
+        right = find_pictures(model, tokenizer, searches)
+        return [Asked(kind, q.question, "", "", bool(r))
+                for q, r in zip(questions, right, strict=True)][:n]
+    documents = [chat_document([([picture(s) for s in q.scenes], q.question, None)],
+                               tokenizer.chat) for q in questions]
+    asked = []
+    for q, answer in zip(questions, answers(model, tokenizer, documents), strict=True):
+        right = (world.facts(answer) == world.facts(q.answer) if kind == "caption"
+                 else is_right(kind, answer, q.answer))
+        asked.append(Asked(kind, q.question, q.answer, answer, right))
+    return asked
+
+
+@torch.inference_mode()
+def find_pictures(model: VisionLanguageModel, tokenizer: Tokenizer, searches: list[Document]
+                  ) -> torch.Tensor:
+    """For each search, a document with a <ret>, whether that comes closest to its own picture.
+
+    Search i chooses among the pictures of searches i, i + 1, ... i + GALLERY - 1, around the end. A
+    tie is not a find.
+    """
+    texts, images = [], []
+    for first in range(0, len(searches), BATCH):
+        out = model(prompts(searches[first : first + BATCH], tokenizer, model.config,
+                            model.embed.device))
+        texts.append(out.ret_features)
+        images.append(out.image_features)
+    similarity = (torch.cat(texts) @ torch.cat(images).T).cpu()
+    n = len(searches)
+    others = (torch.arange(n)[:, None] + torch.arange(1, GALLERY)) % n
+    return similarity.diag() > similarity.gather(1, others).max(1).values
+
+
+def drawn_exam(model, tokenizer, n: int, *, kinds=world.KINDS_OF_QUESTION, seed: int = 0,
+               baseline: bool = True, new: bool = True) -> dict[str, dict[str, float]]:
+    """Accuracy by kind: {"test": {...}, "blank": {...}, "new": {...}}, each 0..1."""
+    kinds = [kind for kind in kinds if kind != "ret" or model.config.contrastive_dim]
+
+    def accuracy(**how):
+        progress = tqdm(kinds, "exam", disable=None, leave=False)
+        return {kind: sum(a.right for a in ask_drawn(model, tokenizer, kind, n, seed=seed, **how))
+                / n for kind in progress}
+
+    report = {"test": accuracy()}
+    if baseline:
+        report["blank"] = accuracy(blank=True)
+    if new:
+        report["new"] = accuracy(split="new")
+    return report
+
+
+def main_accuracy(scores: dict[str, float]) -> float:
+    """The mean over the five kinds that the project's goals are stated in."""
+    return sum(scores[kind] for kind in world.MAIN_KINDS) / len(world.MAIN_KINDS)
+
+
+def table(report: dict[str, dict[str, float]]) -> str:
+    """The report as a Markdown table, in percent."""
+    columns = {"test": "unseen scenes", "blank": "blank picture", "new": "new combinations"}
+    shown = [c for c in columns if c in report]
+    lines = ["| question | " + " | ".join(columns[c] for c in shown) + " |",
+             "| --- |" + " ---: |" * len(shown)]
+    for kind in report["test"]:
+        cells = " | ".join(f"{100 * report[c][kind]:.1f}" for c in shown)
+        lines.append(f"| {NAMES[kind]} | {cells} |")
+    if set(world.MAIN_KINDS) <= set(report["test"]):
+        cells = " | ".join(f"**{100 * main_accuracy(report[c]):.1f}**" for c in shown)
+        lines.append(f"| **mean of the first five** | {cells} |")
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""Laws of evaluation: every benchmark runs on its published layout, goes on where it was killed,
+and scores anybody's answers.
+
+pytest tests/test_eval.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval
+from benchmarks import BENCHMARKS, Question
+from eval import read_answers
+from formats import Image, Text
+from tests.folders import MAKERS, make
+
+ROOT = Path(__file__).parent.parent
+
+
+def answers_of(name: str, folder: Path) -> list[Question]:
+    return [*BENCHMARKS[name].read(folder, BENCHMARKS[name].split)]
+
+
+def test_every_benchmark_has_a_made_up_folder():
+    assert {*MAKERS} == {*BENCHMARKS}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_runs_from_its_published_layout_to_its_scores(name, tmp_path, cli):
+    if name == "mmmu":
+        pytest.importorskip("pyarrow")
+    make(name, tmp_path / "data")
+    code, out, err = cli(eval, name, "--data", tmp_path / "data", "--out", tmp_path / "out",
+                         "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    questions = answers_of(name, tmp_path / "data")
+    assert record["benchmark"] == name and record["n"] == len(questions) and record["missing"] == 0
+    assert record["main"] in record["scores"] and record["prompt"] and record["commit"]
+    low, high = record["interval"]
+    assert low <= record["score"] <= high or low == high
+    assert [*read_answers(tmp_path / "out" / "answers.jsonl")] == [q.id for q in questions]
+    assert [*record.get("controls", {})] == ["blank", "shuffled"] * BENCHMARKS[name].controls
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == record
+    code, scored, err = cli(eval, name, "--data", tmp_path / "data", "--json",
+                            "--score", tmp_path / "out" / "answers.jsonl")
+    assert code == 0, err
+    assert json.loads(scored)["scores"] == record["scores"]
+
+
+@pytest.mark.parametrize("name", [n for n, b in BENCHMARKS.items() if b.examples])
+def test_examples_are_shown_as_openflamingo_does(name, tmp_path, cli):
+    make(name, tmp_path / "data")
+    prompts = {}
+    for shots in ("0", "3"):
+        code, out, err = cli(eval, name, "--data", tmp_path / "data", "--shots", shots, "--json",
+                             "--out", tmp_path / shots, "--limit", "2")
+        assert code == 0, err
+        prompts[shots] = json.loads(out)["prompt"]
+    assert prompts["0"].count("<|endofchunk|>\n") == 2 and prompts["0"].count("<image>") == 1
+    assert prompts["3"].count("<|endofchunk|>\n") == 3 and prompts["3"].count("<image>") == 4
+    assert prompts["0"].endswith("Output:" if name in ("coco", "flickr30k") else "Short answer:")
+
+
+def test_a_prompt_with_examples_is_openflamingos_to_the_letter():
+    def asked(question, answer=""):
+        return Question("1", "", (b"x",), {}, bare=(question, answer))
+
+    examples = [asked("What color?", "red"), asked("How many?", "2")]
+    document = eval.with_examples(asked("Is it day?"), examples, show=False)
+    assert eval.shown(document) == (
+        "Question:What color? Short answer:red<|endofchunk|>\nQuestion:How many? Short answer:2"
+        "<|endofchunk|>\n<image>Question:Is it day? Short answer:")
+    caption = eval.with_examples(asked("", "a cat"), [asked("", "a dog")], show=True)
+    assert eval.shown(caption) == "<image>Output:a dog<|endofchunk|>\n<image>Output:"
+
+
+def test_pictures_stand_where_the_question_says():
+    question = Question("1", "Who painted <image>, and <image>?", (b"a", b"b"), {})
+    document = eval.prompt(question, "nanovilla")
+    assert [s.reference for s in document if isinstance(s, Image)] == [b"a", b"b"]
+    words = [s.string for s in document if isinstance(s, Text) and not s.special]
+    assert words[:3] == ["User: Who painted ", ", and ", "?"]
+
+
+def test_the_most_similar_pictures_come_last(tmp_path):
+    make("coco", tmp_path)
+    model, _ = eval.load_model(eval.BUILT_IN)
+    pool = [*BENCHMARKS["coco"].read(tmp_path, "train")]
+    examples = eval.Examples(pool, 3, model)
+    for question in pool:
+        assert examples(question)[-1] == question
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, cli):
+    make("pope", tmp_path / "data")
+    command = ["pope", "--data", tmp_path / "data", "--controls", "no", "--json"]
+    code, whole, _ = cli(eval, *command, "--out", tmp_path / "whole")
+    assert code == 0
+    answers = (tmp_path / "whole" / "answers.jsonl").read_text()
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "settings.json").write_text((tmp_path / "whole" / "settings.json").read_text())
+    lines = answers.splitlines(keepends=True)
+    marked = json.loads(lines[0]) | {"answer": "kept"}
+    (killed / "answers.0.part.jsonl").write_text(
+        json.dumps(marked) + "\n" + lines[1] + lines[2][:9])
+    code, _, err = cli(eval, *command, "--out", killed)
+    assert code == 0, err
+    assert [*killed.glob("*.part.jsonl")] == []
+    found = (killed / "answers.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(found[0])["answer"] == "kept" and found[1:] == lines[1:]
+
+
+def test_two_processes_give_the_result_of_one(tmp_path, cli):
+    make("mme", tmp_path / "data")
+    command = ["mme", "--data", tmp_path / "data", "--json"]
+    code, one, _ = cli(eval, *command, "--out", tmp_path / "one")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         ROOT / "eval.py", *map(str, command), "--out", tmp_path / "two"], capture_output=True,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (code, done.returncode) == (0, 0), done.stderr
+    assert json.loads(done.stdout) == json.loads(one)
+    assert ((tmp_path / "one" / "answers.jsonl").read_text().count("\n")
+            == (tmp_path / "two" / "answers.jsonl").read_text().count("\n"))
+
+
+def test_answers_of_another_run_are_not_mixed_in(tmp_path, cli):
+    make("gqa", tmp_path / "data")
+    command = ["gqa", "--data", tmp_path / "data", "--out", tmp_path / "out"]
+    assert cli(eval, *command)[0] == 0
+    code, _, err = cli(eval, *command, "--shots", "2")
+    assert code == 2 and "another run" in err and err.count("\n") == 1
+    assert cli(eval, *command)[0] == 0  # the same again: nothing is left to ask
+
+
+BAD = [
+    ("not json\n", "line 1"), ('{"id": "1"}\n', "line 1"), ('{"id": "1", "answer": 3}\n', "text"),
+    ('{"id": "q", "answer": "a"}\n{"id": "q", "answer": "b"}\n', "line 2: a second answer"),
+    ('{"id": "nobody", "answer": "a"}\n', "unknown question"),
+]
+
+
+@pytest.mark.parametrize("content, named", BAD)
+def test_answers_that_cannot_be_scored_are_named_in_one_line(content, named, tmp_path, cli):
+    make("gqa", tmp_path)
+    (tmp_path / "answers.jsonl").write_text(content)
+    code, _, err = cli(eval, "gqa", "--data", tmp_path, "--score", tmp_path / "answers.jsonl")
+    assert code == 2 and named in err and err.count("\n") == 1
+
+
+def test_answers_may_hold_tabs_newlines_and_line_separators(tmp_path, cli):
+    make("gqa", tmp_path)
+    with open(tmp_path / "answers.jsonl", "w", encoding="utf-8") as file:
+        file.write(json.dumps({"id": "0", "answer": "yes\t\n\u2028"}, ensure_ascii=False) + "\n")
+        file.write(json.dumps({"id": "1", "answer": "no\u2028"}, ensure_ascii=False) + "\n")
+    code, out, err = cli(eval, "gqa", "--data", tmp_path, "--json", "--score",
+                         tmp_path / "answers.jsonl")
+    record = json.loads(out)
+    assert code == 0 and record["missing"] == 2 and record["score"] == 25, err
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "mmmu"])
+def test_a_missing_file_is_named_with_where_it_comes_from(name, tmp_path, cli):
+    code, _, err = cli(eval, name, "--data", tmp_path, "--score", "x.jsonl")
+    assert code == 2 and str(tmp_path) in err and err.count("\n") == 1
+
+
+def test_pickled_annotations_are_refused_with_the_way_to_convert_them(tmp_path, cli):
+    make("refcoco", tmp_path)
+    (tmp_path / "refs.json").rename(tmp_path / "refs.p")
+    code, _, err = cli(eval, "refcoco", "--data", tmp_path, "--score", "x.jsonl")
+    assert code == 2 and "pickle.load" in err and err.count("\n") == 1
+
+
+def test_missing_pictures_are_counted_before_anything_is_asked(tmp_path, cli):
+    make("gqa", tmp_path)
+    (tmp_path / "images" / "n2.jpg").unlink()
+    code, _, err = cli(eval, "gqa", "--data", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and "1 of 4" in err and "n2.jpg" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_pictures_are_shown_but_never_the_own_one(tmp_path):
+    make("pope", tmp_path)
+    questions = answers_of("pope", tmp_path)
+    for question, other in zip(questions, eval.controlled(questions, "shuffled", 60), strict=True):
+        assert other.pictures != question.pictures and other.id == question.id
+
+
+def test_captions_find_their_pictures_and_back(tmp_path, cli):
+    make("coco", tmp_path)
+    code, out, err = cli(eval, "retrieval", "--data", tmp_path, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["text to image R@10"] == found["image to text R@10"] == 100
+
+
+def test_all_benchmarks_are_listed_with_their_files(cli):
+    code, out, _ = cli(eval, "--list")
+    assert code == 0 and all(f"\n{name}\n" in f"\n{out}" for name in (*BENCHMARKS, "drawn"))
