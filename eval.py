@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import exam
+import world
 from benchmarks import BENCHMARKS, Benchmark, Picture, Question
 from captions import cut_caption
 from config import Parser, UserError, commit, input_errors, pick_device, pick_dtype, run_main
@@ -37,7 +38,7 @@ from exam import answer_all
 from formats import Document, Image, Ret, Text, chat_document
 from model import VisionLanguageModel
 from parallel import Ranks, start_group, stop_group, this_rank
-from scores import in_form, retrieval
+from scores import Result, bootstrap, in_form, retrieval
 from tokenizer import Tokenizer
 from vqa import cut_answer
 from weights import BUILT_IN, load_model
@@ -236,20 +237,41 @@ def read_answers(path: Path, whole: bool = True) -> dict[str, dict]:
 # ----------------------------------------------------------------------------- second half: scores
 
 
-def result(benchmark: Benchmark, questions: list[Question], answers: dict[str, dict],
-           clean: bool = False) -> dict:
-    """What the answers are worth, as it is written to result.json."""
+def scored(benchmark: Benchmark, questions: list[Question], answers: dict[str, dict],
+           clean: bool = False) -> Result:
     rows = {question.id: question.row for question in questions}
     texts = {name: entry["answer"].strip() for name, entry in answers.items()}
-    scored = benchmark.score(rows, texts, clean=clean)
+    return benchmark.score(rows, texts, clean=clean)
+
+
+def summary(scored: Result, questions: list[Question], answers: dict[str, dict], clean: bool
+            ) -> dict:
+    """What the answers are worth, as it is written to result.json."""
     form = questions[0].form
-    said = [texts[q.id] for q in questions if q.id in texts and q.form == form]
+    said = [answers[q.id]["answer"] for q in questions if q.id in answers and q.form == form]
     return {
         "mode": "clean" if clean else "official", "main": scored.main,
         "score": scored.scores[scored.main], "interval": scored.interval, "scores": scored.scores,
         "n": scored.n, "missing": len(scored.missing), "unparsed": scored.unparsed,
         "undefined": scored.undefined,
         "in_form": in_form(said, form) if form and said else None}
+
+
+def write_predictions(path: Path, questions: list[Question], answers: dict[str, dict],
+                      scored: Result) -> None:
+    """A line for each question with all that is known of its answer, for report.py and the eye."""
+    with open(path, "w", encoding="utf-8") as file:
+        for q in questions:
+            said = answers.get(q.id, {})
+            right = q.row.get("label", q.row.get("answer", q.bare[1]))
+            pictures = [p.find() for p in q.pictures if isinstance(p, Picture)]
+            parsed = scored.parsed.get(q.id)
+            file.write(json.dumps({
+                "id": q.id, "question": q.text, "form": q.form, "pictures": pictures,
+                "wanted": str(right).lower() if q.form == "yes/no" else str(right),
+                "answer": said.get("answer", ""), "logprob": said.get("logprob"),
+                "parsed": parsed if isinstance(parsed, str) else None,
+                "credit": scored.credit.get(q.id, 0.0)}) + "\n")
 
 
 def table(record: dict) -> str:
@@ -354,8 +376,9 @@ def main() -> None:
             f"| {name} | {value:.2f} |" for name, value in found.items()))
     if args.score:
         with input_errors():
-            record |= result(benchmark, questions, read_answers(Path(args.score)),
-                             args.mode == "clean")
+            answers = read_answers(Path(args.score))
+            found = scored(benchmark, questions, answers, args.mode == "clean")
+        record |= summary(found, questions, answers, args.mode == "clean")
     else:
         record |= asked(args, benchmark, questions)
     if this_rank().is_first:
@@ -388,8 +411,12 @@ def asked(args, benchmark: Benchmark, questions: list[Question]) -> dict:
         answers = {name: entry | {"answer": form(entry["answer"])}
                    for name, entry in read_answers(path).items() if name in {q.id for q in some}}
         # OpenFlamingo's own scorer normalises always, which is what "clean" does to VQA.
-        found = result(benchmark, some, answers, args.mode == "clean" or args.shots >= 0)
+        clean = args.mode == "clean" or args.shots >= 0
+        result = scored(benchmark, some, answers, clean)
+        found = summary(result, some, answers, clean)
         record |= {"controls": record.get("controls", {}) | {control: found}} if control else found
+        if ranks.is_first and not control:
+            write_predictions(out / "predictions.jsonl", some, answers, result)
     if ranks.is_first:
         (out / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     stop_group()
@@ -444,13 +471,43 @@ def drawn(args) -> None:
     """The drawn world's exam, which exam.py describes."""
     with input_errors():
         model, tokenizer = load_model(args.model or BUILT_IN, pick_device(args.device))
-    began = time.time()
-    report = exam.drawn_exam(model, tokenizer, args.questions, seed=args.seed)
+    began, kept = time.time(), []
+    report = exam.drawn_exam(model, tokenizer, args.questions, seed=args.seed, keep=kept)
+    if args.out:
+        write_drawn(Path(args.out), str(args.model or BUILT_IN), report, kept)
     if args.json:
         return print(json.dumps({"benchmark": "drawn", "model": str(args.model or BUILT_IN),
                                  "n": args.questions, "seed": args.seed, **report}))
     print(exam.table(report))
     sys.stderr.write(f"{args.questions} questions of each kind, {time.time() - began:.0f} s\n")
+
+
+def write_drawn(out: Path, model: str, report: dict, kept: list[exam.Asked]) -> None:
+    """The exam's files, shaped as those of a benchmark; pictures of the wrong answers alone."""
+    with input_errors():
+        prepare(out, {"benchmark": "drawn", "model": model})
+    main = [float(a.right) for a in kept if a.kind in world.MAIN_KINDS]
+    blank = report["blank"]
+    record = {
+        "benchmark": "drawn", "model": model, "commit": commit(), "mode": "official",
+        "prompt": kept[0].question, "main": "mean of the main kinds", "n": len(kept), "missing": 0,
+        "unparsed": 0, "undefined": [], "in_form": None,
+        "score": 100 * exam.main_accuracy(report["test"]),
+        "interval": [100 * side for side in bootstrap(main)],
+        "scores": {kind: 100 * value for kind, value in report["test"].items()},
+        "controls": {"blank": {"score": 100 * exam.main_accuracy(blank),
+                               "scores": {kind: 100 * value for kind, value in blank.items()}}}}
+    (out / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for i, a in enumerate(kept):
+            shown = [str(out / f"{i}-{k}.png") for k in range(len(a.scenes))] * (not a.right)
+            for path, scene in zip(shown, a.scenes if shown else (), strict=True):
+                world.draw(scene, 120).save(path)
+            file.write(json.dumps({
+                "id": str(i), "question": a.question, "pictures": shown, "wanted": a.gold,
+                "form": "yes/no" if a.kind == "yes/no" else "", "answer": a.answer,
+                "parsed": a.answer.lower().rstrip("."), "logprob": a.logprob,
+                "credit": float(a.right)}) + "\n")
 
 
 if __name__ == "__main__":

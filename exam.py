@@ -39,6 +39,8 @@ class Asked:
     gold: str
     answer: str
     right: bool
+    scenes: tuple = ()  # that it is about
+    logprob: float | None = None  # of the answer
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ def answer_all(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list
 
 
 def answers(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document]
-            ) -> list[str]:
-    """The same of any number of documents, BATCH of them at a time, the words alone."""
-    return [said.answer for first in range(0, len(documents), BATCH)
+            ) -> list[Answer]:
+    """The same of any number of documents, BATCH of them at a time."""
+    return [said for first in range(0, len(documents), BATCH)
             for said in answer_all(model, tokenizer, documents[first : first + BATCH])]
 
 
@@ -90,10 +92,11 @@ def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: in
     documents = [chat_document([([picture(s) for s in q.scenes], q.question, None)],
                                tokenizer.chat) for q in questions]
     asked = []
-    for q, answer in zip(questions, answers(model, tokenizer, documents), strict=True):
-        right = (world.facts(answer) == world.facts(q.answer) if kind == "caption"
-                 else is_right(kind, answer, q.answer))
-        asked.append(Asked(kind, q.question, q.answer, answer, right))
+    for q, said in zip(questions, answers(model, tokenizer, documents), strict=True):
+        right = (world.facts(said.answer) == world.facts(q.answer) if kind == "caption"
+                 else is_right(kind, said.answer, q.answer))
+        asked.append(Asked(kind, q.question, q.answer, said.answer, right, tuple(q.scenes),
+                           said.logprob))
     return asked
 
 
@@ -118,16 +121,23 @@ def find_pictures(model: VisionLanguageModel, tokenizer: Tokenizer, searches: li
 
 
 def drawn_exam(model, tokenizer, n: int, *, kinds=world.KINDS_OF_QUESTION, seed: int = 0,
-               baseline: bool = True, new: bool = True) -> dict[str, dict[str, float]]:
-    """Accuracy by kind: {"test": {...}, "blank": {...}, "new": {...}}, each 0..1."""
+               baseline: bool = True, new: bool = True, keep: list[Asked] | None = None
+               ) -> dict[str, dict[str, float]]:
+    """Accuracy by kind: {"test": {...}, "blank": {...}, "new": {...}}, each 0..1.
+
+    keep: a list that gets the questions about unseen scenes with their answers."""
     kinds = [kind for kind in kinds if kind != "ret" or model.config.contrastive_dim]
 
-    def accuracy(**how):
-        progress = tqdm(kinds, "exam", disable=None, leave=False)
-        return {kind: sum(a.right for a in ask_drawn(model, tokenizer, kind, n, seed=seed, **how))
-                / n for kind in progress}
+    def accuracy(kept: list | None = None, **how):
+        shares = {}
+        for kind in tqdm(kinds, "exam", disable=None, leave=False):
+            asked = ask_drawn(model, tokenizer, kind, n, seed=seed, **how)
+            shares[kind] = sum(a.right for a in asked) / n
+            if kept is not None:
+                kept += asked
+        return shares
 
-    report = {"test": accuracy()}
+    report = {"test": accuracy(keep)}
     if baseline:
         report["blank"] = accuracy(blank=True)
     if new:
