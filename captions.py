@@ -235,7 +235,8 @@ IRREGULAR = {"people": "person", "children": "child", "geese": "goose", "mice": 
 # The program's rule for the singular eats a final s: these words it no longer finds as objects.
 SPOILT = {"glass": "glas", "tennis": "tenni"} | dict.fromkeys(
     "bus minibus airbus ties canoes magpies thieves collies doggies".split(), "")
-ENDINGS = (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe"))
+PLURALS = [(re.compile(ending), instead) for ending, instead in (
+    ("s$", ""), ("(?<=[hosxz])es$", ""), ("ies$", "y"), ("ves$", "f"), ("ves$", "fe"))]
 # As NLTK parts words: 's and a full stop at the end are on their own, hyphens stay inside.
 CHAIR_WORD = re.compile(r"""'\w+|(?:[^\s;@#$%&?!()\[\]{}<>",:'.]|\.(?=\w))+|\S""")
 
@@ -277,11 +278,8 @@ def singular(word: str, vocabulary: Vocabulary) -> str:
         return word
     if word.endswith("men") and word[:-3] + "man" in vocabulary.words:
         return word[:-3] + "man"
-    for ending, instead in ENDINGS:
-        stem = word.removesuffix(ending) + instead
-        if word.endswith(ending) and stem in vocabulary.words:
-            return stem
-    return word
+    stems = [ending.sub(instead, word) for ending, instead in PLURALS]
+    return next((stem for stem in stems if stem in vocabulary.words), word)
 
 
 def mentions(caption: str, vocabulary: Vocabulary) -> list[str]:

@@ -249,8 +249,9 @@ person, man, woman, child, children, people, baby, adult, passenger, rider, poli
 bird, magpie, goose, gosling
 cat, kitten
 dog, puppy, collie, doggie
+car, jeep, taxi
 sheep, lamb
-cow, ox, calf
+cow, ox, calf, buffalo
 bear, panda
 motorcycle, scooter,  motor bike, motor cycle
 airplane, plane, jet
@@ -294,8 +295,9 @@ OFFICIAL, CLEAN = read_synonyms(SYNONYMS), read_synonyms(SYNONYMS, clean=True)
     ("stove top oven", "oven oven", "oven oven"),
     *[(same, heads, heads) for same, heads in (
         ("people, men, women, children", "person person person person"),
-        ("geese and mice", "bird mouse"), ("oxen, sheep and calves", "cow sheep cow"),
-        ("knives", "knife"), ("policemen", "person"), ("leaves of snowmen", ""),
+        ("geese and mice", "bird mouse"), ("oxen, sheep, calves, buffaloes", "cow sheep cow cow"),
+        ("knives", "knife"), ("policemen", "person"), ("nobody cares", ""),
+        ("leaves of snowmen", ""),
         ("a computer mouse", "laptop mouse"), ("a passenger plane", "person airplane"),
         ("a passenger jet", "airplane"), ("a passenger train", "train"),
         ("a baby carriage", "person"), ("a baby bird", "bird"), ("an adult sheep", "sheep"),
