@@ -327,6 +327,10 @@ def test_the_worked_example_of_chair():
     assert got["CHAIRs"] == 2 / 4 and got["CHAIRi"] == 2 / 8
 
 
+def test_a_plural_in_ves_is_of_f_or_fe():
+    assert mentions("knives and calves", read_synonyms("knife\ncow, calf")) == ["knife", "cow"]
+
+
 def test_every_mention_counts_repeats_too():
     got = chair({1: "a cat, a cat and a dog"}, OBJECTS, OFFICIAL)
     assert got["CHAIRi"] == 2 / 3 and got["CHAIRs"] == 1 and got["recall"] == 1 / 2

@@ -182,6 +182,7 @@ def test_macro_f1_counts_every_class_that_occurs_alike():
     gold = ["A"] * 8 + ["B"]
     assert macro_f1(gold, ["A"] * 9) == pytest.approx((100 * 16 / 17 + 0) / 2)
     assert macro_f1(gold, gold) == 100 and macro_f1(gold, [None] * 9) == 0 and macro_f1([], []) == 0
+    assert macro_f1(["A", "B"], ["A", "C"]) == 50  # C does not occur
 
 
 def test_an_interval_is_the_same_for_the_same_seed_and_holds_the_mean():

@@ -40,12 +40,12 @@ def test_the_worked_examples_hold():
 
 FRUIT = ["red apple", "green pear", "blue plum", "orange"]
 GUESSED = ("B)", "b", "(b)", "**B**", '"B"', "$B$", "B.'", "D. orange", "B: green pear", "Answer:B",
-           "B\n", "green pear", "")
+           "B\n", "green pear", "it is a green pear", "")
 
 
 @pytest.mark.parametrize("answer, letter", [
     *[(b, "B") for b in ("B", "B.", "(B)", "B,", "'B'", "Option B", "Answer: B", "A cat is B")],
-    ("(A) is wrong, so (D)", "D"),
+    ("(A) is wrong, so (D)", "D"), ("(B), not (A): (B)", "B"),
     ("The answer is B because A is wrong", "A"),
     ("1. B 2. C", "C"),
     ("It is a green pear, not a red apple at all", "A"),
@@ -217,6 +217,12 @@ def test_scienceqa_s_worked_example():
     assert {name: got.scores[name] for name in expected} == expected
 
 
+def test_a_problem_with_hint_and_image_counts_for_both_groups():
+    got = score_scienceqa(SCIENCE, {"1": "B", "2": "B", "3": "A", "4": "C"})
+    expected = {"TXT": 50, "IMG": 50, "NO": 0, "G1-6": 50, "G7-12": 50, "SOC": 0}
+    assert {name: got.scores[name] for name in expected} == expected
+
+
 def test_a_group_of_scienceqa_without_members_has_minus_one():
     got = score_scienceqa({"1": SCIENCE["1"]}, {"1": "B"})
     assert [got.scores[name] for name in ("NAT", "SOC", "IMG", "NO", "G7-12")] == [100, *[-1] * 4]
@@ -240,7 +246,8 @@ def test_llava_s_img_accuracy_leaves_out_what_was_not_answered():
     *[(same, same, same) for same in ("10:30", "$5.00", "50%", "black & white", "#1 ~ ^ | *")],
     ("C++", "c", "c"), ("the", "", ""), ("..", "", ""),
     ("what?no", "what no", "whatno"), ("red\n\twhite", "red white", "red white"),
-    ("x (y) z", "x y z", "x y z"), ("`a`b", "b", "b"),
+    ("x (y) z", "x y z", "x y z"), ("red-blue - x", "redblue x", "redblue x"),
+    ("an apple", "apple", "apple"), ("`a`b", "b", "b"),
 ])
 def test_an_answer_is_normalised(text, official, evalai):
     assert vqa_normal(text) == official and vqa_normal(text, evalai=True) == evalai
