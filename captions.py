@@ -153,48 +153,30 @@ def cider_d(references: dict[Image, list[Words]], candidates: dict[Image, Words]
 
     An n-gram weighs its count times ln(N / images with it in a reference), N and these from the
     references of the images that are scored: a part of a set is not comparable with the whole, and
-    one image alone scores 0.
+    one image alone scores 0. A score is 10 times the mean over references and orders n = 1..4 of
+    the cosine between weights, in which no n-gram counts more often than the reference has it.
     """
-    counted = {image: [grams_up_to_4(r) for r in references[image]] for image in candidates}
-    images_with = Counter()
-    for sentences in counted.values():
-        images_with.update({gram for grams in sentences for gram in grams})
-    log_n = math.log(len(counted) or 1)
-    idf = {gram: log_n - math.log(count) for gram, count in images_with.items()}
-    scores = {}
-    for image, words in candidates.items():
-        mine = weigh(grams_up_to_4(words), idf, log_n)
-        total = 0.0
-        for reference, grams in zip(references[image], counted[image], strict=True):
-            difference = len(words) - len(reference)
-            total += (similarity(mine, weigh(grams, idf, log_n))
-                      * math.exp(-difference**2 / (2 * SIGMA**2)))
-        scores[image] = 10 * total / len(references[image])
+    scores = dict.fromkeys(candidates, 0.0)
+    for n in range(1, 5):
+        counts = {image: [ngrams(r, n) for r in references[image]] for image in candidates}
+        images_with = Counter()
+        for each in counts.values():
+            images_with.update(set().union(*each))
+        log_n = math.log(len(counts) or 1)
+        idf = {gram: log_n - math.log(count) for gram, count in images_with.items()}
+        for image, words in candidates.items():
+            mine = {gram: count * idf.get(gram, log_n) for gram, count in ngrams(words, n).items()}
+            norm = math.hypot(*mine.values())
+            for reference, theirs in zip(references[image], counts[image], strict=True):
+                common = 0.0
+                for gram in mine.keys() & theirs.keys():
+                    weight = theirs[gram] * idf[gram]
+                    common += min(mine[gram], weight) * weight
+                if common:
+                    common /= norm * math.hypot(*[idf[g] * c for g, c in theirs.items()])
+                penalty = math.exp(-((len(words) - len(reference)) ** 2) / (2 * SIGMA**2))
+                scores[image] += 10 * common * penalty / (4 * len(references[image]))
     return scores
-
-
-def grams_up_to_4(words: Words) -> Counter:
-    """How often each n-gram of one to four words occurs."""
-    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
-
-
-def weigh(counts: Counter, idf: dict, unseen: float) -> tuple[dict, list[float]]:
-    """Weights of n-grams, and the length of that vector for each order n."""
-    weights, squares = {}, [0.0] * 4
-    for gram, count in counts.items():
-        weights[gram] = weight = count * idf.get(gram, unseen)
-        squares[len(gram) - 1] += weight * weight
-    return weights, [math.sqrt(s) for s in squares]
-
-
-def similarity(candidate: tuple[dict, list[float]], reference: tuple[dict, list[float]]) -> float:
-    """Mean over the four orders of the cosine, in which no n-gram counts more than it should."""
-    (a, norms_a), (b, norms_b) = candidate, reference
-    sums = [0.0] * 4
-    for gram in a.keys() & b.keys():
-        sums[len(gram) - 1] += min(a[gram], b[gram]) * b[gram]
-    return sum(s / (x * y) if x and y else s
-               for s, x, y in zip(sums, norms_a, norms_b, strict=True)) / 4
 
 
 def caption_scores(references: dict[Image, list[str]], captions: dict[Image, str]
