@@ -2,8 +2,8 @@
 
     out/tiny/checkpoints/step_00001000/
         *.distcp, .metadata    parameters and optimizer state (torch.distributed.checkpoint)
-        state.json             where the run stood, and a checksum of every file; written last, so
-                               it marks a whole checkpoint
+        state.json             where the run stood, and a checksum of every file and of itself;
+                               written last, so it marks a whole checkpoint
     out/tiny/best.json         which of them had the lowest validation loss
 
 Every rank writes its own shards and reads whichever pieces its new share needs: a run that stopped
@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 import zlib
 from collections.abc import Collection
@@ -92,10 +93,7 @@ class Saver:
         if is_first() and not trouble:
             sums = {name: value for files, _ in found for name, value in files.items()}
             try:
-                write_whole(folder / MARKER, json.dumps(state | {"files": sums}))
-                if val_loss is not None:
-                    mark_best(self.run, folder, state["stage"], val_loss)
-                self.forget_old(state.get("stage"))
+                write_whole(folder / MARKER, sealed(state | {"files": sums}))
             except OSError as error:
                 trouble = reason(error)
         if trouble := gather_objects(trouble, self.group)[0]:
@@ -105,14 +103,32 @@ class Saver:
             raise ValueError(
                 f"{folder}: could not be written ({trouble}); mend that, then go on by --resume "
                 f"{self.run}, from " + (last.name if last else "the start"))
+        if is_first():
+            try:
+                if val_loss is not None:
+                    mark_best(self.run, folder, state["stage"], val_loss)
+                self.forget_old(state.get("stage"))
+            except OSError as error:  # the new one is whole all the same
+                sys.stderr.write(f"{self.run}: best.json and older checkpoints are as they were "
+                                 f"({reason(error)})\n")
 
     def forget_old(self, stage: int) -> None:
         best = read_best(self.run)
         kept = best.get("checkpoint") if best.get("stage") == stage else None
         for old in whole_checkpoints(self.run)[: -self.keep]:
             if old.name != kept:
-                (old / MARKER).unlink()  # first, so that a half-deleted one is not taken for whole
-                shutil.rmtree(old)
+                remove(old)
+
+    def forget_after(self, folder: Path) -> None:
+        """Remove what was passed over for this checkpoint: damaged, it would be counted as kept."""
+        for later in whole_checkpoints(self.run) if is_first() else ():
+            if later.name > folder.name:
+                remove(later)
+
+
+def remove(folder: Path) -> None:
+    (folder / MARKER).unlink()  # first, so that a half-deleted one is not taken for whole
+    shutil.rmtree(folder)
 
 
 def parts(model: nn.Module, optimizer: Optimizer, leave_out: Collection[str]) -> dict:
@@ -143,11 +159,10 @@ def bad_file(folder: Path) -> str:
     """The first file of a checkpoint that is not what was written; "": all are. Ranks share it."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
-        sums = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        mine = sorted(sums.items())[rank::size]
+        mine = sorted(read_state(folder)["files"].items())[rank::size]
         bad = next((name for name, value in mine if not (folder / name).is_file()
                     or checksum(folder / name) != value), "")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         bad = MARKER
     return next((name for name in gather_objects(bad) if name), "")
 
@@ -194,14 +209,21 @@ def no_word_about_one_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
 
 
-def read_state(folder: Path, kinds: dict[str, type]) -> dict:
-    """The `state` that the checkpoint was saved with; ValueError unless each key is of its kind."""
+def sealed(state: dict) -> str:
+    """JSON with a checksum of itself."""
+    return json.dumps(state | {"checksum": zlib.crc32(json.dumps(state).encode())})
+
+
+def read_state(folder: Path) -> dict:
+    """The `state` that the checkpoint was saved with, and its "files"; ValueError if damaged."""
+    text = (folder / MARKER).read_text(encoding="utf-8")
     try:
-        state = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(damaged(folder, MARKER)) from None
-    if not isinstance(state, dict) or any(
-            type(state.get(key)) is not kind for key, kind in kinds.items()):
+        state = json.loads(text)
+        del state["checksum"]
+        whole = sealed(state) == text
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
         raise ValueError(damaged(folder, MARKER))
     return state
 
@@ -215,11 +237,12 @@ def mark_best(run: Path, checkpoint: Path, stage: int, val_loss: float) -> None:
 
 
 def read_best(run: Path) -> dict:
-    """{"checkpoint": its name, "stage": ..., "val_loss": ...}, or {} before anything was marked."""
+    """{"checkpoint": its name, "stage": ..., "val_loss": ...}, or {}: there is none."""
     try:
-        return json.loads((run / "best.json").read_text())
+        best = json.loads((run / "best.json").read_text())
     except (OSError, ValueError):
         return {}
+    return best if run / "checkpoints" / best["checkpoint"] in whole_checkpoints(run) else {}
 
 
 def damaged(folder: Path, what: str) -> str:

@@ -78,8 +78,7 @@ def stopped_at(config: TrainConfig, fingerprint: int) -> Stopped:
         checkpoint, notes = newest_good(Path(config.resume))
         if not checkpoint:
             return Stopped()
-        state = read_state(checkpoint, {"stage": int, "step": int, "data": int, "seconds": float,
-                                        "log_size": int, "tally": dict, "frozen": dict})
+        state = read_state(checkpoint)
     if state["data"] != fingerprint:
         raise UserError(f"--resume {config.resume}: {' '.join(config.data)} no longer holds the "
                         f"pictures and captions that the run began with; put them back, or start "

@@ -232,6 +232,7 @@ def restore(run: Run, stopped: Stopped, optimizer: torch.optim.Optimizer) -> Non
     """What a checkpoint holds, put back where it was, and said."""
     with input_errors():
         load_checkpoint(stopped.checkpoint, run.model, optimizer, run.frozen["names"])
+    run.saver.forget_after(stopped.checkpoint)
     state, stage = stopped.state, run.config.stages[stopped.state["stage"]]
     run.log.forget(state["log_size"], run.config.steps_before(state["stage"]) + state["step"])
     files = " and ".join(run.frozen["files"]) if run.frozen["names"] else ""

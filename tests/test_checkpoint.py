@@ -3,6 +3,7 @@
 pytest tests/test_checkpoint.py
 """
 
+import json
 import resource
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import Saver, bad_file, latest_checkpoint, load_checkpoint, newest_good, read_best
+from checkpoint import (
+    Saver,
+    bad_file,
+    latest_checkpoint,
+    load_checkpoint,
+    mark_best,
+    newest_good,
+    read_best,
+    read_state,
+)
 
 
 def start(size: int = 2) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -145,3 +155,44 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="could not be written"):
         saver.finish()
     assert newest_good(tmp_path)[0].name == "step_00000001"
+
+
+def test_a_damaged_state_is_noticed_and_the_checkpoint_before_it_is_taken(tmp_path):
+    first, second = saved(tmp_path, 1, 2)
+    state = json.loads((second / "state.json").read_text())
+    for changed in (state | {"stage": 1}, {k: v for k, v in state.items() if k != "stage"}, [], {}):
+        (second / "state.json").write_text(json.dumps(changed))
+        assert newest_good(tmp_path) == (first, [f"{second}: damaged (state.json)"])
+    (second / "state.json").write_text(json.dumps(state))
+    assert newest_good(tmp_path) == (second, []) and read_state(second)["stage"] == 0
+
+
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_good_one(tmp_path):
+    first, _, damaged = saved(tmp_path, 10, 17, 20)
+    for folder in (tmp_path / "checkpoints").iterdir():
+        if folder != first:
+            next(folder.glob("*.distcp")).write_bytes(b"")
+    mark_best(tmp_path, damaged, 0, 1.0)
+    assert newest_good(tmp_path)[0] == first
+    saver = Saver(tmp_path, keep=1)
+    saver.forget_after(first)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [first.name]
+    assert read_best(tmp_path) == {}  # which named one that is gone
+    model, optimizer = start()
+    saver.save(15, model, optimizer, {"stage": 0})
+    saver.finish()
+    assert newest_good(tmp_path) == (tmp_path / "checkpoints" / "step_00000015", [])
+
+
+def test_a_checkpoint_with_its_marker_stays_though_the_tidying_up_fails(
+    tmp_path, monkeypatch, capsys
+):
+    saved(tmp_path, 1)
+    model, optimizer = start()
+    saver = Saver(tmp_path, keep=1)
+    monkeypatch.setattr(checkpoint, "remove", lambda _: (_ for _ in ()).throw(OSError("not empty")))
+    saver.save(2, model, optimizer, {"stage": 0})
+    saver.finish()
+    assert newest_good(tmp_path)[0].name == "step_00000002"
+    err = capsys.readouterr().err
+    assert "older checkpoints are as they were (not empty)" in err and err.count("\n") == 1
