@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from presets import PER_STAGE, PRESETS, preset_fields
 from sources import Spec
@@ -226,6 +227,20 @@ def input_errors():
         raise UserError(str(error)) from None
 
 
+@contextlib.contextmanager
+def writing(path: Path, run: Path | None = None):
+    """Within it, what cannot be written (a full disk) is a UserError with the file's name.
+
+    run: the folder by which it can be gone on with; none: nothing has begun.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        then = f"go on by --resume {run}" if run else "start again"
+        raise UserError(f"{path}: could not be written ({why}); mend that, then {then}") from None
+
+
 def pick_device(name: str, local: int = 0) -> torch.device:
     """A --device flag -> the device of this machine's process number `local`; UserError if none.
 
@@ -263,15 +278,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr and exit code 2, without the usage block."""
+    """argparse whose errors are UserErrors: one line, without the usage block."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        if os.environ.get("RANK", "0") == "0":  # under torchrun one rank speaks for all
-            sys.stderr.write(f"{self.prog}: {message} (see --help)\n")
-        raise SystemExit(2)
+        raise UserError(f"{message} (see --help)")
 
 
 def run_main(main: typing.Callable[[], None]) -> None:
@@ -283,14 +296,18 @@ def run_main(main: typing.Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun one rank speaks for all
-            sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one speaks for its machine
+            complain(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes again
         raise SystemExit(1) from None
+
+
+def complain(error: UserError) -> None:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
 
 
 def check_split(config: TrainConfig, n_ranks: int) -> None:
@@ -349,6 +366,10 @@ def resumed(given: dict) -> TrainConfig:
         raise UserError(f"--resume {folder}: is no run folder (its config.json is none of a run's)")
     with input_errors():
         given |= absolute_paths(given)
+    if os.path.realpath(given.get("out", folder)) == os.path.realpath(folder):
+        given.pop("out", None)  # the same folder, wherever it was, however it is spelled
+    if given.get("dtype") == "auto":
+        del given["dtype"]  # whatever the run began with
     listed = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
     differing = [f"{flag(name)} is {value} here, but {before.get(name)} in {folder}"
                  for name, value in listed.items()

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from config import TrainConfig
+from config import TrainConfig, UserError, complain
 from model import Output, VisionLanguageModel
 from vision import NO_PICTURE
 
@@ -60,6 +60,15 @@ class Ranks:
         if dist.is_initialized():
             dist.barrier()
 
+    @contextlib.contextmanager
+    def first_alone(self):
+        """The first rank may take its time within it: the others wait, longer than --timeout."""
+        group = dist.new_group(backend="gloo", timeout=MEETING) if dist.is_initialized() else None
+        yield
+        if group:
+            dist.barrier(group)
+            dist.destroy_process_group(group)
+
 
 def this_rank() -> Ranks:
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -68,10 +77,11 @@ def this_rank() -> Ranks:
     return Ranks(rank, size, local, n_local)
 
 
-def start_group(ranks: Ranks, device: torch.device, timeout: float = 600.0) -> None:
+def start_group(ranks: Ranks, device: torch.device, timeout: float = 600.0) -> dist.Store:
     """Join the other ranks; a lone process makes a group of its own.
 
-    timeout: seconds that a rank waits for the others before it gives up.
+    timeout: seconds that a rank waits for the others before it gives up. Returns what all can
+    write notes into for each other.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -79,6 +89,7 @@ def start_group(ranks: Ranks, device: torch.device, timeout: float = 600.0) -> N
     store = fresh_store(ranks) if ranks.size > 1 else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size,
                             timeout=timedelta(seconds=timeout))
+    return store
 
 
 def fresh_store(ranks: Ranks) -> dist.Store:
@@ -109,15 +120,29 @@ def fresh_store(ranks: Ranks) -> dist.Store:
 
 
 @contextlib.contextmanager
-def ending_together(ranks: Ranks):
-    """Within it, a rank that waits in vain for another says so in one line, and ends."""
+def in_a_group(ranks: Ranks, device: torch.device, timeout: float):
+    """Within it, the ranks are a group that ends together.
+
+    A UserError is said once, by the rank that is the first to meet one. A rank that waits in vain
+    for another says so in one line, unless that is why.
+    """
+    store = None
     try:
+        store = start_group(ranks, device, timeout)
         yield
+        stop_group()
+    except UserError as error:
+        if store.add("said", 1) == 1:
+            complain(error)
+        raise SystemExit(2) from None
     except RuntimeError as error:
         lost = re.search(r"[Tt]imed out|[Cc]onnection (closed|reset|refused)|Broken pipe|[Gg]loo|"
                          r"NCCL", str(error))
         if ranks.size == 1 or not lost:
             raise
+        with contextlib.suppress(RuntimeError):  # the store may be gone with the first rank
+            if store and store.check(["said"]):
+                os._exit(2)
         sys.stderr.write(f"rank {ranks.rank}: another rank has ended, or has not answered within "
                          f"--timeout; the run goes on from its last checkpoint by --resume "
                          f"({str(error).splitlines()[0][:200]})\n")

@@ -3,7 +3,8 @@
     out/tiny/
         config.json       every choice of the run; written last, so it marks a run that has begun
         model.json        the model's config     tokenizer.model    its tokenizer
-        log.jsonl         a line for every step and evaluation; tensorboard/ has the same
+        log.jsonl         a line for every step and evaluation; begun before anything else
+        tensorboard/      the same
         curves.png        drawn from it at the end
         checkpoints/      see checkpoint.py      best.json          which of them is the best
         model/            the exported model, at the end
@@ -19,13 +20,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from checkpoint import newest_good, read_state
-from config import TrainConfig, UserError, absolute_paths, input_errors
+from checkpoint import newest_good, read_state, write_whole
+from config import TrainConfig, UserError, absolute_paths, input_errors, writing
 from model import VisionLanguageModel
 from optim import freeze
 from start import initial_model, start_files
 from tokenizer import Tokenizer
 from weights import read_config, read_tokenizer, shapes
+
+NOT_BEGUN = {"log.jsonl", "tokenizer.model", "tokenizer.model.part", "model.json",
+             "model.json.part", "config.json.part"}  # what setting up may leave when it is killed
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -38,23 +42,30 @@ def run_folder(config: TrainConfig) -> Path:
                         f"another folder by --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
+        found = {path.name for path in out.iterdir()}
+        if found and not {"log.jsonl"} <= found <= NOT_BEGUN:
             raise UserError(f"--out {out}: is not empty; choose a new or an empty folder")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
     return out
 
 
+def begin_log(out: Path) -> None:
+    """Nothing counts that was logged before any checkpoint. An empty log says whose folder it is,
+    should the run be killed before it has begun."""
+    with writing(out / "log.jsonl"):
+        (out / "log.jsonl").write_text("")
+
+
 def write_choices(config: TrainConfig, out: Path, model: VisionLanguageModel,
                   tokenizer: Tokenizer) -> None:
     """What a resumed run is built from; config.json last, for it marks a run that has begun."""
-    if not (out / "tokenizer.model").is_file():  # else it was trained, and others read it now
-        tokenizer.save(out / "tokenizer.model")
-    (out / "model.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
-    (out / "log.jsonl").write_text("")  # nothing counts that was logged before any checkpoint
     fields = dataclasses.asdict(config)
     fields |= absolute_paths(fields)  # may be resumed from elsewhere
-    (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    with writing(out):
+        tokenizer.save(out / "tokenizer.model")
+        for name, content in (("model", dataclasses.asdict(model.config)), ("config", fields)):
+            write_whole(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 import world
-from config import TrainConfig, input_errors
+from config import TrainConfig, input_errors, writing
 from data import example_pictures
 from drawn import DrawnWorld
 from formats import Text
@@ -97,10 +97,10 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, sets: DataSets | Non
         samples = source(config, sets, config.stages[0], preset)
         examples = example_pictures(samples, preset.vision.image_size, min(256, len(samples)))
     path = out / "tokenizer.model"
-    if ranks.is_first and not path.is_file():
+    if ranks.is_first:
         texts = own_words(samples) if sets else world.corpus(2000, config.seed)
         template = ["User: What is in the picture?", "Assistant:"]
-        with input_errors():
+        with input_errors(), writing(path):
             train_tokenizer([*texts, *template], path, config.vocab_size)
     ranks.wait()
     tokenizer = Tokenizer(path)

@@ -15,10 +15,11 @@ class Origin:
     line: str = ""
 
 
+MIN_TRIED = 100  # samples before their bad ones count against --max-bad
+
+
 class Tally:
     """How many samples were used and why the others were not, by reason and by file."""
-
-    MIN_TRIED = 100  # samples before their bad ones count against --max-bad
 
     def __init__(self, reasons: dict | None = None, files: dict | None = None):
         self.reasons = Counter(reasons)
@@ -47,16 +48,20 @@ class Tally:
     def tried(self) -> int:
         return sum(tried for tried, _ in self.files.values())
 
-    def too_bad(self, most: float) -> bool:
-        """Whether more than this share of the samples could not be used."""
-        return self.reasons.total() > most * max(self.tried, self.MIN_TRIED)
+    @property
+    def bad(self) -> int:
+        return self.reasons.total()
 
     def report(self) -> str:
         """Lines: how many, for which reasons, in which files most were lost."""
-        bad = self.reasons.total()
-        lines = [f"samples: {self.tried - bad:,} used, {bad:,} left out "
-                 f"({100 * bad / max(self.tried, 1):.1f} %)"]
+        lines = [f"samples: {self.tried - self.bad:,} used, {self.bad:,} left out "
+                 f"({100 * self.bad / max(self.tried, 1):.1f} %)"]
         lines += [f"  {count:,} {reason}" for reason, count in self.reasons.most_common()]
         lines += [f"  more than half lost in {file}: {lost:,} of {tried:,}"
                   for file, (tried, lost) in sorted(self.files.items()) if 2 * lost > tried]
         return "\n".join(lines)
+
+
+def too_bad(n_bad: int, n_tried: int, most: float) -> bool:
+    """Whether more than this share of the samples could not be used, or none of them could."""
+    return n_bad > most * max(n_tried, MIN_TRIED) or n_bad == n_tried >= MIN_TRIED

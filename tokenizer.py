@@ -137,7 +137,9 @@ class Tokenizer:
         return "".join([*map(stream.push, ids), stream.flush()])
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self.model_bytes)
+        unfinished = Path(f"{path}.part")
+        unfinished.write_bytes(self.model_bytes)
+        unfinished.rename(path)  # whole, for other processes may be reading it
 
 
 class StreamDecoder:

@@ -41,6 +41,7 @@ from config import (
     pick_device,
     pick_dtype,
     run_main,
+    writing,
 )
 from data import Batch, ahead, collate, collate_options, encode, loader, sample_numbers
 from formats import Document
@@ -51,12 +52,10 @@ from parallel import (
     Ranks,
     all_sum,
     distribute,
-    ending_together,
     full_state,
+    in_a_group,
     let_go,
     losses,
-    start_group,
-    stop_group,
     this_rank,
     train_step,
     whole,
@@ -64,10 +63,18 @@ from parallel import (
 from plan import Work, flops, peak_flops, plan
 from plot import plot
 from records import BadRecord
-from runs import Stopped, left_out, resumed_model, run_folder, stopped_at, write_choices
+from runs import (
+    Stopped,
+    begin_log,
+    left_out,
+    resumed_model,
+    run_folder,
+    stopped_at,
+    write_choices,
+)
 from sources import DataSets
 from start import initial_model, make_indexes, new_model, open_data, source, with_steps
-from tally import Tally
+from tally import Tally, too_bad
 from tokenizer import Tokenizer
 from vision import PictureError
 from watch import ANSWERED, Log, answers, memory_peak
@@ -112,16 +119,17 @@ def main() -> None:
     if config.plan == "yes":
         return print(plan(config))
     if config.plot:
-        with input_errors():
-            return print(plot(Path(config.plot)))
+        with input_errors(), writing(Path(config.plot) / "curves.png"):
+            picture = plot(Path(config.plot))
+        return print(picture)
     with input_errors():
         set_backend(None if config.backend == "auto" else config.backend)
     device = pick_device(config.device, ranks.local)
     dtype = pick_dtype(config.dtype, device)
+    config = dataclasses.replace(config, dtype=str(dtype)[6:])  # a resumed run keeps it
     make_indexes(config, ranks)
-    with ending_together(ranks):
-        if ranks.size > 1 or dtype != torch.float32:
-            start_group(ranks, device, config.timeout)
+    alone = ranks.size == 1 and dtype == torch.float32
+    with contextlib.nullcontext() if alone else in_a_group(ranks, device, config.timeout):
         run, stopped = set_up(config, ranks, device, dtype)
         for number in range(stopped.state.get("stage", 0), len(config.stages)):
             if not train_stage(run, number, stopped):
@@ -129,9 +137,11 @@ def main() -> None:
                 break
             stopped = Stopped()
         if ranks.is_first:
-            run.log.say(f"curves: {plot(run.out)}")
+            try:
+                run.log.say(f"curves: {plot(run.out)}")
+            except (OSError, ValueError) as error:  # they are an extra
+                run.log.say(f"{run.out / 'curves.png'}: not drawn ({error})")
         run.log.close()
-        stop_group()
 
 
 def set_up(config: TrainConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype
@@ -149,6 +159,8 @@ def set_up(config: TrainConfig, ranks: Ranks, device: torch.device, dtype: torch
     if stopped.checkpoint:
         model, tokenizer = resumed_model(out, config, state["frozen"])
     else:
+        if ranks.is_first:
+            begin_log(out)
         model, tokenizer = initial or new_model(config, out, ranks, sets)
         if ranks.is_first:
             write_choices(config, out, model, tokenizer)
@@ -223,7 +235,8 @@ def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
     with input_errors():
         run.saver.finish()
     if run.ranks.is_first and first_step < n_steps:
-        mark_best(run.out, latest_checkpoint(run.out), number, val_loss)
+        with writing(run.out / "best.json", run.out):
+            mark_best(run.out, latest_checkpoint(run.out), number, val_loss)
     report_samples(run)
     return True
 
@@ -232,7 +245,8 @@ def restore(run: Run, stopped: Stopped, optimizer: torch.optim.Optimizer) -> Non
     """What a checkpoint holds, put back where it was, and said."""
     with input_errors():
         load_checkpoint(stopped.checkpoint, run.model, optimizer, run.frozen["names"])
-    run.saver.forget_after(stopped.checkpoint)
+    with writing(run.out / "checkpoints", run.out):
+        run.saver.forget_after(stopped.checkpoint)
     state, stage = stopped.state, run.config.stages[stopped.state["stage"]]
     run.log.forget(state["log_size"], run.config.steps_before(state["stage"]) + state["step"])
     files = " and ".join(run.frozen["files"]) if run.frozen["names"] else ""
@@ -248,8 +262,9 @@ def count_skipped(run: Run, skipped: bool) -> None:
     if skipped:
         run.log.say(f"skipped: the gradient is not finite ({run.skipped} such steps so far)")
     if run.skipped_in_a_row == SKIPPED_AT_MOST:
-        raise UserError(f"{SKIPPED_AT_MOST} steps in a row without a finite gradient; look at the "
-                        f"data, or go on from a checkpoint before them in a new run with less --lr")
+        raise UserError(f"{SKIPPED_AT_MOST} steps in a row without a finite gradient; --resume "
+                        f"{run.out} helps if the machine is at fault, else only a new run, with "
+                        f"less --lr or other data")
 
 
 def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int,
@@ -265,13 +280,18 @@ def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int,
 
 
 def asked_to_stop(run: Run) -> bool:
-    """Whether any rank was asked to, all ranks learn it at the same step. UserError if a checkpoint
-    could not be written."""
-    flags = [float(run.stopping.is_set()), float(run.saver.failed)]
-    stop, failed = all_sum(torch.tensor(flags)).tolist()
+    """Whether any rank was asked to; all ranks learn it at the same step. UserError on all of them
+    if a checkpoint could not be written, or if too many samples of the run cannot be used."""
+    flags = [run.stopping.is_set(), run.saver.failed, run.tally.bad, run.tally.tried]
+    stop, failed, n_bad, n_tried = all_sum(torch.tensor(list(map(int, flags)))).tolist()
     if failed:
         with input_errors():
             run.saver.finish()
+    n_bad, n_tried = n_bad + run.earlier.bad, n_tried + run.earlier.tried
+    if too_bad(n_bad, n_tried, run.config.max_bad):
+        report_samples(run)
+        raise UserError(f"{n_bad} of {n_tried} samples, more than can be accepted (--max-bad "
+                        f"{run.config.max_bad}), for the reasons above")
     return bool(stop)
 
 
@@ -298,11 +318,6 @@ def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Ite
                               changes)):
         for line in run.tally.add(batch.origins):
             sys.stderr.write(f"left out: {line}\n")
-        n_bad, everything = run.tally.reasons.total(), max(len(samples), c.batch_size)
-        if run.tally.too_bad(c.max_bad) or run.tally.tried == n_bad >= everything:
-            sys.stderr.write(run.tally.report() + "\n")
-            raise UserError(f"{n_bad} of {run.tally.tried} samples, more than can be accepted "
-                            f"(--max-bad {c.max_bad}), for the reasons above")
         yield batch
 
 
@@ -365,14 +380,15 @@ def evaluate(run: Run, stage: int, step: int, validation: Validation, final: boo
     line = f"loss {real:.3f}, with blank pictures {without:.3f}, gap {without - real:.3f}"
     has_exam = name == "instruct" and not run.sets
     state = full_state(run.model, run.dtype) if final or has_exam else {}
-    if final and run.ranks.is_first:  # before the exam, which takes its time
-        save_model(run.out / "model", run.model.config, state, run.tokenizer)
-    if has_exam and run.ranks.is_first:
-        report = drawn_report(run, state, final)
-        accuracy = exam.main_accuracy(report["test"])
-        line += f", accuracy {100 * accuracy:.1f} %"
-        record |= {"accuracy": accuracy, "report": report}
-    run.ranks.wait()
+    with run.ranks.first_alone():
+        if final and run.ranks.is_first:  # before the exam, which takes its time
+            with writing(run.out / "model", run.out):
+                save_model(run.out / "model", run.model.config, state, run.tokenizer)
+        if has_exam and run.ranks.is_first:
+            report = drawn_report(run, state, final)
+            accuracy = exam.main_accuracy(report["test"])
+            line += f", accuracy {100 * accuracy:.1f} %"
+            record |= {"accuracy": accuracy, "report": report}
     run.seconds += time.perf_counter() - began
     run.log.say(f"evaluation at {run.seconds / 60:.1f} min: {line}")
     for one in said if run.sets else said[:1]:
@@ -396,7 +412,8 @@ def drawn_report(run: Run, state: dict[str, Tensor], final: bool) -> dict:
         return exam.drawn_exam(model.eval(), run.tokenizer, run.config.eval_questions, seed=1,
                                kinds=world.MAIN_KINDS, baseline=False, new=False)
     report = exam.drawn_exam(model.eval(), run.tokenizer, run.config.exam_questions)
-    (run.out / "exam.json").write_text(json.dumps(report, indent=2) + "\n")
+    with writing(run.out / "exam.json", run.out):
+        (run.out / "exam.json").write_text(json.dumps(report, indent=2) + "\n")
     print(exam.table(report), flush=True)
     return report
 

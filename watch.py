@@ -5,8 +5,10 @@ installed, gets the same numbers, in out/run/tensorboard.
 """
 
 import json
+import math
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from config import writing
 from data import Encoded, collate, collate_options, encode
 from formats import Document, Image, Ret
 from model import VisionLanguageModel
@@ -27,11 +30,16 @@ class Log:
     """The run's log; only the first rank prints and writes."""
 
     def __init__(self, out: Path, is_first: bool):
-        self.path, self.is_first, self.board = out / "log.jsonl", is_first, None
+        self.out, self.path, self.is_first, self.board = out, out / "log.jsonl", is_first, None
         if is_first and find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
+            self.open_board()
 
-            self.board = SummaryWriter(str(out / "tensorboard"))
+    def open_board(self, **options) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        threading.excepthook = all_but_os_errors
+        with writing(self.out / "tensorboard", self.out):
+            self.board = SummaryWriter(str(self.out / "tensorboard"), **options)
 
     def say(self, line: str) -> None:
         if self.is_first:
@@ -50,17 +58,19 @@ class Log:
     def write(self, record: dict, number: int) -> None:
         if not self.is_first:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with writing(self.path, self.out), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(record)) + "\n")
         if self.board:
             entry = record.get("evaluation", record)
-            for name, value in numbers(entry):
-                self.board.add_scalar(f"{entry['stage']}/{name}", value, number)
+            with writing(self.out / "tensorboard", self.out):
+                for name, value in numbers(entry):
+                    self.board.add_scalar(f"{entry['stage']}/{name}", value, number)
 
     def close(self) -> None:
         """Let TensorBoard write what it still holds back."""
         if self.board:
-            self.board.close()
+            with writing(self.out / "tensorboard", self.out):
+                self.board.close()
 
     @property
     def size(self) -> int:
@@ -72,12 +82,10 @@ class Log:
         if not self.is_first:
             return
         if self.path.is_file() and self.path.stat().st_size > size:
-            with open(self.path, "r+b") as file:
+            with writing(self.path, self.out), open(self.path, "r+b") as file:
                 file.truncate(size)
         if self.board:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(self.board.log_dir, purge_step=number)
+            self.open_board(purge_step=number)
 
 
 def numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -87,6 +95,19 @@ def numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
             yield prefix + name, float(value)
+
+
+def all_but_os_errors(error: threading.ExceptHookArgs) -> None:
+    """No traceback from TensorBoard's own thread where a disk is full: it tells ours, too."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
+
+
+def plain(value: object) -> object:
+    """As most readers of JSON want it: null where a number is not finite."""
+    if isinstance(value, dict):
+        return {name: plain(v) for name, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def memory_peak(device: torch.device) -> float:

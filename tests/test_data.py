@@ -35,7 +35,7 @@ from formats import Image, Ret, Text, caption_documents, chat_document
 from kernels import IGNORE, attention_hints
 from kernels.attention import check_intervals
 from sources import DataSets, Sample, Stream
-from tally import Origin, Tally
+from tally import Origin, Tally, too_bad
 from vision import ResamplerConfig, open_image
 
 SIZE = 16
@@ -697,4 +697,8 @@ def test_a_tally_tells_each_reason_once_and_names_files_that_lost_most():
 def test_a_run_gives_up_when_too_many_are_bad_but_not_at_the_first(n_bad, n_good, gives_up):
     tally = Tally()
     tally.add([Origin("a", "x", "bad", "line")] * n_bad + [Origin("a", "y")] * n_good)
-    assert tally.too_bad(0.2) is gives_up
+    assert too_bad(tally.bad, tally.tried, 0.2) is gives_up
+
+
+def test_a_run_gives_up_when_nothing_can_be_used_whatever_it_accepts():
+    assert too_bad(100, 100, 1.0) and not too_bad(100, 101, 1.0) and not too_bad(99, 99, 1.0)

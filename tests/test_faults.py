@@ -9,10 +9,10 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import train
@@ -27,9 +28,21 @@ from checkpoint import latest_checkpoint
 from data import Text, collate, collate_options, encode
 from parallel import shard, train_step, whole
 from tests.ladder import write_captions, write_published
-from tests.test_train import QUICK, ROOT, curve, finish, log, start
+from tests.ranks import Ranks, on_ranks, spawn
+from tests.shards import write_shard
+from tests.test_train import QUICK, ROOT, curve, finish, log, picture_folder, start
+from weights import load_model
 
 STEPS = ["--eval-every", 0, "--checkpoint-every", 3, "--keep", 2]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> list:
+    """Flags of a run of two stages of twelve steps each, which are over in no time."""
+    place = tmp_path_factory.mktemp("data") / "mine"
+    picture_folder(place)
+    return ["--data", place, "--init", "none", "--shrink", 8, "--stages", "data", "data",
+            "--batch-size", 4, "--workers", 0, "--max-steps", 12, *STEPS]
 
 
 def newest(out: Path) -> int:
@@ -37,110 +50,225 @@ def newest(out: Path) -> int:
     return int(folder.name[5:]) if folder else 0
 
 
-def workers(agent: int) -> list[int]:
-    """The processes that torchrun has started, in the order of their ranks."""
+def workers(agent: int) -> set[int]:
+    """The processes that torchrun has started."""
     children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    return sorted(int(pid) for pid in children
-                  if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return {int(pid) for pid in children
+            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
-def killed_at_random(out: Path, n_steps: int, n_kills: int, seed: int) -> list[tuple[int, int]]:
+def until(holds: Callable[[], bool], at_most: float = 120) -> None:
+    end = time.monotonic() + at_most
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def n_steps(printed: str) -> int:
+    return sum(line.startswith(("pretrain ", "instruct ", "data ")) for line in
+               printed.splitlines())
+
+
+def restored(printed: str) -> int:
+    """The step that a run went on from first; 0: it began anew."""
+    _, found, rest = printed.partition("restored from step_")
+    return int(rest.split(":")[0]) if found else 0
+
+
+def killed_at_random(flags: list, out: Path, n_kills: int, seed: int) -> list[tuple[int, int]]:
     """A run on two ranks, one of which is killed again and again -> [(newest checkpoint at the
-    kill, step gone on from)]; torchrun restarts it with the same command line."""
-    moments = random.Random(seed)
+    kill, step gone on from)]; torchrun restarts it with the same command line.
+
+    One kill in three comes at any moment from the start of the processes, the first one while the
+    run is set up; the others come behind some steps.
+    """
+    moments, kills, old = random.Random(seed), [], set()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               f"--max-restarts={n_kills}", str(ROOT / "train.py"), *QUICK, "--max-steps", n_steps,
-               *STEPS, "--resume", "auto", "--out", out]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
-    kills, lines, at = [], 0, moments.randint(2, 6)
-    for line in process.stdout:
-        if line.startswith("restored from step_") and kills:
-            kills[-1][1] = int(line.split(":")[0].split("_")[1])
-        lines += line.startswith(("pretrain ", "instruct "))
-        if lines == at and len(kills) < n_kills:
-            time.sleep(moments.random() / 4)
-            kills.append([newest(out), 0])
-            os.kill(moments.choice(workers(process.pid)), signal.SIGKILL)
-            lines, at = 0, moments.randint(2, 6)
+               f"--max-restarts={n_kills}", str(ROOT / "train.py"), *flags, "--resume", "auto",
+               "--out", out]
+    printed = out.with_name("printed")
+    with open(printed, "w") as file:
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.DEVNULL)
+
+    def started() -> bool:
+        return len(workers(process.pid) - old) == 2
+
+    def made_steps() -> bool:
+        return n_steps(printed.read_text()[begin:]) >= enough
+
+    for number in range(n_kills):
+        begin, enough = len(printed.read_text()), moments.randint(2, 6)
+        until(started)
+        until(made_steps, 120 if number % 3 else 6 * moments.random())
+        time.sleep(moments.random() / 4)
+        old, before = workers(process.pid), newest(out)
+        os.kill(moments.choice(sorted(old)), signal.SIGKILL)
+        kills.append((before, len(printed.read_text())))
     assert process.wait() == 0
-    return [tuple(kill) for kill in kills]
+    return [(before, restored(printed.read_text()[size:])) for before, size in kills]
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory) -> Path:
+def on_two(tmp_path_factory, short) -> Path:
     """The same run on two ranks that nobody disturbs."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(start(*QUICK, "--max-steps", 12, *STEPS, "--out", out, ranks=2))
+    on_ranks(2, out.with_name("printed"), *short, "--out", out)
     return out
 
 
-def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(tmp_path, on_two):
-    kills = killed_at_random(tmp_path / "run", 12, n_kills=3, seed=5)
+def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(
+    tmp_path, short, on_two
+):
+    kills = killed_at_random(short, tmp_path / "run", n_kills=3, seed=5)
+    print("newest checkpoint at the kill, step gone on from:", kills)
     assert len(kills) == 3 and all(restored >= newest for newest, restored in kills)
     assert curve(tmp_path / "run") == curve(on_two)
 
 
 @pytest.mark.slow
 def test_twenty_kills_change_no_loss(tmp_path):
-    finish(start(*QUICK, "--max-steps", 60, *STEPS, "--out", tmp_path / "whole", ranks=2))
-    kills = killed_at_random(tmp_path / "run", 60, n_kills=20, seed=7)
+    flags = [*QUICK, "--max-steps", 60, *STEPS]
+    finish(start(*flags, "--out", tmp_path / "whole", ranks=2))
+    kills = killed_at_random(flags, tmp_path / "run", n_kills=20, seed=7)
     print("newest checkpoint at the kill, step gone on from:", kills)
     assert len(kills) == 20 and all(restored >= newest for newest, restored in kills)
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
-def test_sigterm_saves_on_all_ranks_and_the_run_goes_on_with_one(tmp_path, on_two, capfd):
+def test_sigterm_saves_on_all_ranks_and_the_run_goes_on(tmp_path, short, on_two):
     out = tmp_path / "run"
-    process = start(*QUICK, "--max-steps", 12, *STEPS, "--out", out, ranks=2)
+    process = start(*short, "--out", out, ranks=2)
     for line in process.stdout:
-        if line.startswith("pretrain     4"):
+        if line.startswith("data     4"):
             break
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=100)
     assert f"--resume {out}" in rest
     assert newest(out) == len(curve(out)) < 24
-    finish(start("--resume", out, ranks=2))
+    on_ranks(2, tmp_path / "printed", "--resume", out)
     assert curve(out) == curve(on_two)
 
 
-def test_a_full_disk_ends_a_run_in_one_line_and_its_last_checkpoint_is_good(tmp_path):
+# ----------------------------------------------------------------------------------- a full disk
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_its_last_checkpoint_is_good(tmp_path, short, cli):
     out = tmp_path / "run"
-    process = start(*QUICK, "--max-steps", 40, *STEPS, "--out", out)
-    for _ in process.stdout:
-        if newest(out) >= 3:
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
-            break
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 2 and err.count("\n") == 1
-    assert "could not be written (File too large)" in err and f"--resume {out}, from step_" in err
+    one = Ranks(1, tmp_path / "printed", *short, "--out", out)
+    until(lambda: newest(out) >= 3)
+    size = (out / "log.jsonl").stat().st_size + 20_000  # room for the log, not for a checkpoint
+    resource.prlimit(one.processes[0].pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    assert one.wait() == [2] and one.err().count("\n") == 1
+    assert "could not be written (File too large)" in one.err()
+    assert f"--resume {out}, from step_" in one.err()
     before = newest(out)
-    assert f"restored from step_{before:08d}" in finish(start("--resume", out))
+    code, printed, err = cli(train, "--resume", out)
+    assert code == 0 and f"restored from step_{before:08d}" in printed, err
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+def test_a_log_that_cannot_be_written_ends_a_run_in_one_line(tmp_path, short, cli):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "log.jsonl").symlink_to("/dev/full")
+    code, _, err = cli(train, *short, "--out", out)
+    assert code == 2 and err.count("\n") == 1
+    assert f"{out}/log.jsonl: could not be written (No space left on device)" in err
+    assert f"go on by --resume {out}" in err
 
 
-def test_a_hung_rank_ends_the_others_in_one_line(tmp_path):
-    port, both = free_port(), []
-    for rank in range(2):
-        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2,
-                           MASTER_ADDR="localhost", MASTER_PORT=port)
-        both.append(start(*QUICK, "--max-steps", 100, "--timeout", 6, "--out", tmp_path / "run",
-                          env=os.environ | {k: str(v) for k, v in environment.items()}))
-    for line in both[0].stdout:
-        if line.startswith("pretrain     2"):
-            break
-    both[1].send_signal(signal.SIGSTOP)
+def test_a_model_that_cannot_be_written_is_written_by_a_resume_and_curves_are_an_extra(
+    tmp_path, short, cli, monkeypatch
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        full = SafetensorError("Error while serializing: I/O error: No space left on device")
+        patch.setattr("weights.save_file", raising(full))
+        code, _, err = cli(train, *short, "--out", out)
+    assert code == 2 and err.count("\n") == 1
+    assert f"{out}/model: could not be written (" in err and f"--resume {out}" in err
+    (out / "log.jsonl").unlink()
+    code, printed, err = cli(train, "--resume", out)
+    assert (code, err) == (0, "")
+    assert f"{out}/curves.png: not drawn ({out}/log.jsonl: holds no step yet" in printed
+    load_model(out / "model")
+
+
+def raising(error: Exception) -> Callable:
+    def fail(*arguments, **options):
+        raise error
+
+    return fail
+
+
+def test_a_full_disk_or_a_kill_while_setting_up_does_not_block_the_next_start(
+    tmp_path, short, cli, monkeypatch
+):
+    out = tmp_path / "run"
+    arguments = (*short, "--max-steps", 2, "--resume", "auto", "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", raising(OSError(28, "No space left on device")))
+        code, _, err = cli(train, *arguments)
+    assert code == 2 and err.count("\n") == 1
+    assert f"{out}: could not be written (No space left on device)" in err
+    (out / "tokenizer.model").write_bytes(b"half of a")
+    (out / "config.json.part").write_text("{")
+    code, _, err = cli(train, *arguments)
+    assert code == 0, err
+    first = curve(out)
+    assert "restored from step_00000004" in cli(train, *arguments)[1]
+    assert len(first) == 4 and curve(out) == first
+    load_model(out / "model")
+
+
+def test_a_folder_with_a_file_of_somebody_else_is_no_run_folder(tmp_path, short, cli):
+    for names in (["tokenizer.model"], ["log.jsonl", "notes.txt"], ["config.json", "model.json"]):
+        out = tmp_path / names[0]
+        out.mkdir()
+        for name in names:
+            (out / name).write_text("mine")
+        code, _, err = cli(train, *short, "--out", out)
+        assert code == 2 and "is not empty" in err and err.count("\n") == 1
+        assert [(out / name).read_text() for name in names] == ["mine"] * len(names)
+
+
+# ------------------------------------------------------------------------- one rank and the others
+
+
+def test_a_hung_rank_ends_the_others_in_one_line(tmp_path, short):
+    both = Ranks(2, tmp_path / "printed", *short, "--max-steps", 1000, "--timeout", 3,
+                 "--out", tmp_path / "run")
+    first, second = both.processes
+    until(lambda: "data     2" in both.out())
+    os.kill(second.pid, signal.SIGSTOP)
     stopped = time.monotonic()
-    _, err = both[0].communicate(timeout=60)
-    both[1].kill()
-    both[1].communicate()
-    assert both[0].returncode == 1 and time.monotonic() - stopped < 30
-    assert err.count("\n") == 1 and "has not answered within --timeout" in err
+    first.join(60)
+    second.kill()
+    second.join()
+    assert first.exitcode == 1 and time.monotonic() - stopped < 30
+    assert both.err().count("\n") == 1 and "has not answered within --timeout" in both.err()
+
+
+def test_an_error_of_one_rank_is_said_once_in_its_own_words(tmp_path, short):
+    (tmp_path / "machine").mkdir()
+    picture_folder(tmp_path / "mine")  # which is not there on the second rank's machine
+    both = Ranks(2, tmp_path / "printed", *short, "--data", "mine", "--out", tmp_path / "run",
+                 cwd=[tmp_path, tmp_path / "machine"])
+    assert both.wait() == [2, 2]
+    assert both.err() == "train.py: mine: no such folder\n"
+
+
+def test_a_run_gives_up_at_the_same_step_on_any_number_of_ranks(tmp_path):
+    write_shard(tmp_path / "data", 0, n=60, broken=0.7)
+    flags = ["--data", tmp_path / "data" / "00000.tar", "--init", "none", "--shrink", 8,
+             "--workers", 0, "--steps", 50, "--batch-size", 4]
+    said, steps = [], []
+    for size in (1, 2):
+        ranks = Ranks(size, tmp_path / f"printed{size}", *flags, "--out", tmp_path / f"run{size}")
+        assert ranks.wait() == [2] * size
+        said.append([line for line in ranks.err().splitlines() if line.startswith("train.py: ")])
+        steps.append(len(curve(tmp_path / f"run{size}")))
+        assert "more than half lost in" in ranks.out()
+    assert said[0] == said[1] and len(said[0]) == 1 and "--max-bad 0.2" in said[0][0]
+    assert steps[0] == steps[1]
 
 
 def one_bad_rank(rank: int, store: str, model, batches, results):
@@ -163,17 +291,18 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(
     batches = [collate([[encode([Text(words, learn=True)], tokenizer)]],
                        **collate_options(tokenizer, model.config)) for words in ("a cat", "a red")]
     results = mp.Manager().dict()
-    mp.spawn(one_bad_rank, (str(tmp_path / "store"), model, batches, results), nprocs=2)
+    spawn(one_bad_rank, (str(tmp_path / "store"), model, batches, results), nprocs=2)
     assert results[0] == results[1] == (True, True, True)
 
 
-def test_twenty_steps_without_a_finite_gradient_end_a_run_in_one_line(tmp_path, cli):
-    code, out, err = cli(train, *QUICK, "--max-steps", 60, "--lr", 1e30, 1e30, "--eval-every", 0,
-                         "--out", tmp_path / "run")
+def test_twenty_steps_without_a_finite_gradient_end_a_run_in_one_line(tmp_path, short, cli):
+    out = tmp_path / "run"
+    code, printed, err = cli(train, *short, "--max-steps", 60, "--lr", 1e30, 1e30, "--out", out)
     assert code == 2 and "20 steps in a row without a finite gradient" in err
-    assert err.count("\n") == 1 and out.count("skipped: the gradient is not finite") == 20
-    logged = [line["skipped"] for line in log(tmp_path / "run") if "skipped" in line]
+    assert err.count("\n") == 1 and printed.count("skipped: the gradient is not finite") == 20
+    logged = [line["skipped"] for line in log(out) if "skipped" in line]
     assert logged[-20:] == [True] * 20 and not any(logged[:-20])
+    assert "NaN" not in (out / "log.jsonl").read_text()  # which is no JSON
 
 
 # --------------------------------------------------------------- frozen weights stay in their files

@@ -3,6 +3,9 @@
 pytest tests/test_parallel.py
 """
 
+import os
+import pickle
+import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +20,20 @@ import torch.nn.functional as F
 from data import Image, Ret, Text, collate, collate_options, encode, sample_numbers
 from kernels import set_backend
 from optim import freeze
-from parallel import full_state, info_nce, losses, recompute, shard, train_step, whole
+from parallel import (
+    Ranks,
+    all_sum,
+    full_state,
+    info_nce,
+    losses,
+    recompute,
+    shard,
+    start_group,
+    stop_group,
+    train_step,
+    whole,
+)
+from tests.ranks import free_port, spawn
 from vision import ResamplerConfig
 from weights import load_model, save_model
 
@@ -61,7 +77,7 @@ def worker(rank: int, store: str, results):
 
 def test_the_contrastive_loss_over_three_ranks_is_that_of_one(tmp_path):
     results = mp.Manager().dict()
-    mp.spawn(worker, (str(tmp_path / "store"), results), nprocs=len(RANKS))
+    spawn(worker, (str(tmp_path / "store"), results), nprocs=len(RANKS))
     loss, right, text_grad, image_grad, scale_grad = everything_on_one()
     parts = zip(text_grad.split([3, 0, 2]), image_grad.split([4, 2, 2]), strict=True)
     for rank, wanted in enumerate(parts):
@@ -177,7 +193,8 @@ def computed(model, case: Case, batches: list) -> tuple[list, dict]:
                    if p.grad is not None}
 
 
-def one_of_many(rank: int, store: str, model, work: dict, results):
+def one_of_many(rank: int, store: str, work: Path, results):
+    model, work = pickle.loads(work.read_bytes())
     size = len(next(iter(work.values())))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for case, batches in work.items():
@@ -200,7 +217,8 @@ def test_any_split_and_sharding_gives_the_losses_and_gradients_of_one_process(
     samples, options = eight_samples(tokenizer), collate_options(tokenizer, model.config)
     work = {case: split(samples, case, n_ranks, options) for case in CASES[n_ranks]}
     results = mp.Manager().dict()
-    mp.spawn(one_of_many, (str(tmp_path / "store"), model, work, results), nprocs=n_ranks)
+    (tmp_path / "work").write_bytes(pickle.dumps((model, work)))  # more tensors than a server takes
+    spawn(one_of_many, (str(tmp_path / "store"), tmp_path / "work", results), nprocs=n_ranks)
     for case in CASES[n_ranks]:
         own = deepcopy(model)
         freeze(own, case.frozen)
@@ -277,7 +295,7 @@ def test_a_rank_reads_only_the_rows_that_it_keeps(tiny_model, tokenizer, tmp_pat
     size = (folder / "model.safetensors").stat().st_size
     assert size > 190e6
     results = mp.Manager().dict()
-    mp.spawn(shard_of_two, (str(tmp_path / "store"), folder, results), nprocs=2)
+    spawn(shard_of_two, (str(tmp_path / "store"), folder, results), nprocs=2)
     for rank in (0, 1):
         assert 0.3 * size < results[f"read {rank}"] < 0.65 * size
 
@@ -293,7 +311,7 @@ def test_two_ranks_compute_with_every_backend_what_one_does(
     whole, *batches = (collate(part, **collate_options(tokenizer, model.config))
                        for part in (samples, samples[:1], samples[1:]))
     results = mp.Manager().dict()
-    mp.spawn(one_of_two, (str(tmp_path / "store"), model, batches, backend, results), nprocs=2)
+    spawn(one_of_two, (str(tmp_path / "store"), model, batches, backend, results), nprocs=2)
     means, _ = losses(model, [whole], 0.0, backward=True)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     for rank in (0, 1):
@@ -321,7 +339,7 @@ def test_parameters_that_do_not_divide_over_three_ranks_are_whole_again(tiny_mod
     model.to(torch.bfloat16)
     save_model(tmp_path / "model", model.config, model.state_dict(), tokenizer)
     results = mp.Manager().dict()
-    mp.spawn(shard_of_three, (str(tmp_path / "store"), tmp_path / "model", results), nprocs=3)
+    spawn(shard_of_three, (str(tmp_path / "store"), tmp_path / "model", results), nprocs=3)
     rows = {name: len(p) if p.ndim else 1 for name, p in model.named_parameters()}
     assert {n % 3 for n in rows.values()} == {0, 1, 2} and min(rows.values()) == 1
     for rank in range(3):
@@ -330,3 +348,21 @@ def test_parameters_that_do_not_divide_over_three_ranks_are_whole_again(tiny_mod
     for name, n in rows.items():
         held = [results[rank][0][name] for rank in range(3)]
         assert sum(held) == n and max(held) == -(-n // 3), name
+
+
+def slow_first_rank(rank: int, port: int, results):
+    ranks = Ranks(rank, 2, rank, 2)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+                   "RANK": str(rank)}
+    start_group(ranks, torch.device("cpu"), timeout=1)
+    for seconds in (1.5, *[0] * 20):  # groups that come and go
+        with ranks.first_alone():
+            time.sleep(seconds if ranks.is_first else 0)
+    results[rank] = all_sum(torch.ones(1)).item()
+    stop_group()
+
+
+def test_the_others_wait_for_the_first_rank_longer_than_the_timeout():
+    results = mp.Manager().dict()
+    spawn(slow_first_rank, (free_port(), results), nprocs=2)
+    assert dict(results) == {0: 2.0, 1: 2.0}

@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "eval": {"model", "weights", "tokenizer", "data", "scores", "vqa", "captions", "formats",
              "benchmarks", "exam", "world", "parallel", "config"},
     "report": {"vision", "weights", "formats", "exam", "plot", "config"},
-    "watch": {"model", "tokenizer", "formats", "data"},
+    "watch": {"config", "model", "tokenizer", "formats", "data"},
     "train": {"kernels", "vision", "model", "tokenizer", "world", "records", "formats", "sources",
               "augment", "tally", "data", "weights", "config", "optim", "parallel", "start",
               "checkpoint", "runs", "plan", "plot", "watch", "exam"},

@@ -4,17 +4,21 @@ pytest tests/test_watch.py
 """
 
 import json
+import resource
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from config import UserError
 from data import prompts
 from formats import Image, Ret, Text, caption_documents, chat_document
 from generate import generate
+from tests.ranks import FEW
 from tests.test_train import QUICK, log
-from watch import LONGEST_ANSWER, Log, answers, numbers, prompt_and_answer
+from watch import LONGEST_ANSWER, Log, answers, numbers, plain, prompt_and_answer
 
 
 def test_answers_are_what_generation_with_a_cache_says(tiny_model, tokenizer):
@@ -46,6 +50,27 @@ def test_numbers_of_a_record_are_all_named():
     assert list(numbers(record)) == [("loss", 1.5), ("gates/a", 1.0)]
 
 
+def test_a_number_that_is_not_finite_is_null_in_the_log():
+    nan, inf = float("nan"), float("inf")
+    assert plain({"a": nan, "b": {"c": inf, "d": 1.5}, "e": "NaN", "f": 3, "g": [True]}) == {
+        "a": None, "b": {"c": None, "d": 1.5}, "e": "NaN", "f": 3, "g": [True]}
+
+
+def test_a_full_disk_under_tensorboard_is_one_line(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/null")
+    log = Log(tmp_path, is_first=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # of a file, in bytes
+    try:
+        with pytest.raises(UserError, match=f"{tmp_path}/tensorboard: could not be written .File "
+                                            f"too large.; .* --resume {tmp_path}"):
+            for step in range(100):
+                log.write({"stage": "x", "loss": 1.0}, step)
+            log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_tensorboard_has_what_the_log_has_also_after_going_back(tmp_path):
     first = Log(tmp_path, is_first=True)
     sizes = []
@@ -69,9 +94,12 @@ def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == [] and silent.size == 0
 
 
-def test_a_run_shows_answers_memory_and_what_was_left_out_and_draws_its_curves(tmp_path, cli):
+def test_a_run_shows_answers_memory_and_what_was_left_out_and_draws_its_curves(
+    tmp_path, cli, monkeypatch
+):
+    monkeypatch.setattr(train, "VAL_SAMPLES", FEW)
     out = tmp_path / "run"
-    code, printed, _ = cli(train, *QUICK, "--max-steps", 2, "--out", out)
+    code, printed, _ = cli(train, *QUICK, "--stages", "pretrain", "--max-steps", 2, "--out", out)
     assert code == 0 and "-> '" in printed and f"curves: {out / 'curves.png'}" in printed
     step, evaluation = log(out)[0], log(out)[2]["evaluation"]
     assert step["memory_gb"] > 0.1 and step["hfu"] == step["mfu"] > 0
