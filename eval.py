@@ -47,6 +47,7 @@ BATCH = 16  # questions answered side by side
 POOL = 2048  # training samples that examples are drawn from (OpenFlamingo, eval/evaluate.py)
 CONTROLS = ("blank", "shuffled")
 ANSWERS = "answers.jsonl"
+A_DAY = 86_400.0  # seconds
 LONGEST_PROMPT = 2000  # tokens; examples that do not fit are left out, the first ones first
 
 
@@ -394,7 +395,7 @@ def asked(args, benchmark: Benchmark, questions: list[Question]) -> dict:
         model, tokenizer = load_model(args.model or BUILT_IN, device)
     model.to(pick_dtype(args.dtype, device))
     if ranks.size > 1:
-        start_group(ranks, device)
+        start_group(ranks, device, timeout=A_DAY)  # which one rank may be slower than another
     about = {"benchmark": args.benchmark, "split": args.split or benchmark.split,
              "model": str(Path(args.model or BUILT_IN).resolve()), "shots": args.shots,
              "rices": args.rices}

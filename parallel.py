@@ -407,8 +407,8 @@ class StepResult:
     """What the log shows of the global batch: means, the gradient's norm unclipped, counts."""
 
     loss: float
-    contrastive: float
-    contrastive_right: float
+    contrastive: float | None  # None: no picture was asked for
+    contrastive_right: float | None
     grad_norm: float
     n_tokens: int
     n_samples: int
@@ -468,6 +468,8 @@ def train_step(model, optimizer, batches: list, *, contrastive_weight: float, gr
             p.grad = torch.zeros_like(p)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
     *means, norm = torch.cat([means, norm[None]]).tolist()  # the one time a step waits for a GPU
+    if not counts[1]:
+        means[1:] = None, None
     if math.isfinite(norm):
         optimizer.step()
         model.cap_temperature()

@@ -114,7 +114,7 @@ def curves_of(steps: list[tuple[int, dict]], evaluations: list[tuple[int, dict]]
             x, y = np.array([(x, r.get(name)) for x, r in records], float).reshape(-1, 2).T
             drawn = np.isfinite(y) & ((y > 0) | (name != "grad_norm"))  # it has a log axis
             curves[name] = x, np.where(drawn, y, np.nan)
-    asked = curves["contrastive"][1] != 0  # else that step asked for no picture
+    asked = ~np.isnan(curves["contrastive"][1])  # else that step asked for no picture
     for name in ("contrastive", "contrastive_right"):
         curves[name] = tuple(values[asked] for values in curves[name])
     return {name: (x, y) for name, (x, y) in curves.items() if not np.isnan(y).all()}

@@ -48,9 +48,10 @@ class Log:
     def step(self, record: dict, number: int) -> None:
         """One training step: its line, and its record at step `number` of all stages."""
         self.write(record, number)
-        r = record
-        self.say(f"{r['stage']} {r['step']:5d} | loss {r['loss']:6.3f} | "
-                 f"ret {r['contrastive']:5.2f} {100 * r['contrastive_right']:3.0f}% | "
+        r, found = record, "    -    -"
+        if r["contrastive"] is not None:
+            found = f"{r['contrastive']:5.2f} {100 * r['contrastive_right']:3.0f}%"
+        self.say(f"{r['stage']} {r['step']:5d} | loss {r['loss']:6.3f} | ret {found} | "
                  f"norm {r['grad_norm']:6.2f} | lr {r['lr']:.2e} | {r['ms']:5.0f} ms | "
                  f"{r['tokens_per_s']:6.0f} tok/s | {r['samples_per_s']:4.0f} samples/s | "
                  f"MFU {100 * r['mfu']:4.1f}% | wait {100 * r['data_wait']:3.0f}%")

@@ -14,7 +14,7 @@ from PIL import Image
 
 import plot
 
-STEP = {"contrastive": 0.0, "contrastive_right": 0.0, "grad_norm": 1.0, "lr": 1e-3,
+STEP = {"contrastive": None, "contrastive_right": None, "grad_norm": 1.0, "lr": 1e-3,
         "samples_per_s": 50.0, "mfu": 0.4, "data_wait": 0.02}
 
 
@@ -124,7 +124,8 @@ def test_panels_without_data_are_left_out(tmp_path):
     bare = titles(log_of(tmp_path / "run", steps([3, 2])))
     assert bare == ["token loss", "gradient norm", "learning rate", "samples/s", "data wait, %",
                     "MFU, %"]
-    full = titles(log_of(tmp_path / "run", [*steps([3, 2], contrastive=1.0, memory_gb=3.0),
+    full = titles(log_of(tmp_path / "run", [*steps([3, 2], contrastive=1.0, contrastive_right=0.5,
+                                                     memory_gb=3.0),
                                             evaluation(2, 2.0, accuracy=0.5)]))
     assert set(full) - set(bare) == {
         "gap: validation loss, blank - real pictures", "accuracy, %", "contrastive loss",
