@@ -253,6 +253,15 @@ def restore(run: Run, stopped: Stopped, optimizer: torch.optim.Optimizer) -> Non
     run.log.say(f"restored from {stopped.checkpoint.name}: weights, moments of the optimizer, "
                 f"random numbers, schedule and data at step {state['step']} of stage {stage}"
                 + f"; frozen weights as they were, from {files}" * bool(files))
+    if (run.model.config.contrastive_dim and run.config.contrastive_pool == "micro"
+            and pool(run) != state["pool"]):
+        run.log.say(f"negatives come from {pool(run)} samples now, before from {state['pool']}, so "
+                    f"the contrastive loss is another; --micro-batch can keep their number")
+
+
+def pool(run: Run) -> int:
+    """Samples of one micro-batch of all ranks."""
+    return run.config.batch_size // run.config.accumulation(run.ranks.size)
 
 
 def count_skipped(run: Run, skipped: bool) -> None:
@@ -274,7 +283,7 @@ def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int,
     state = {"stage": stage, "step": step, "data": run.fingerprint, "frozen": run.frozen,
              "seconds": run.seconds, "reached": run.reached, "skipped": run.skipped,
              "tally": {"reasons": seen.reasons, "files": seen.files},
-             "log_size": run.log.size}
+             "log_size": run.log.size, "pool": pool(run)}
     with input_errors():
         run.saver.save(run.config.steps_before(stage) + step, run.model, optimizer, state, val_loss)
 

@@ -336,6 +336,14 @@ def test_a_run_stopped_on_two_processes_goes_on_with_one(finished, on_two, tmp_p
     assert_same_losses(curve(out), curve(finished))
 
 
+def test_a_run_says_when_its_negatives_come_from_another_number_of_samples(tmp_path, run):
+    out = tmp_path / "run"
+    run("--max-steps", 1, "--stages", "pretrain", "--batch-size", 4, *QUICK[2:], "--out", out)
+    said = "negatives come from 2 samples now, before from 4"
+    assert said not in run("--resume", out)
+    assert said in run("--resume", out, "--micro-batch", 2)
+
+
 @pytest.mark.slow
 def test_four_processes_with_accumulation_compute_the_losses_of_one(tmp_path):
     arguments = ["--max-steps", 10, "--batch-size", 16, "--contrastive-weight", 0, *QUICK[2:]]
