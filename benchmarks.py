@@ -56,28 +56,29 @@ class Question:
 
 
 def load(folder: Path, *names: str, source: str) -> object:
-    """The JSON of the first of these files that is there. ValueError names what is missing, or
-    which line cannot be read."""
+    """The JSON of the first of these files that is there; of one object a line, a list. ValueError
+    names what is missing, or which line cannot be read."""
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder}: has no {' or '.join(names)}; it comes from {source}")
-    if path.suffix in (".p", ".pkl", ".pickle"):
-        raise ValueError(f"{path}: a pickled file can run programs and is not opened; if you trust "
-                         f"it, convert it: python -c \"import json, pickle; json.dump(pickle.load("
-                         f"open('{path.name}', 'rb')), open('{path.stem}.json', 'w'))\"")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8") from None
+        return json.loads(words_of(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.pos:  # one object a line
             return [*lines(path)]
         raise ValueError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
 
 
+def words_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8") from None
+
+
 def lines(path: Path) -> Iterator[dict]:
     """One object a line. ValueError names the line that is none."""
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(words_of(path).split("\n"), 1):
         if line.strip():
             try:
                 entry = json.loads(line)
@@ -130,9 +131,10 @@ def read_mme(folder: Path, split: str) -> Iterator[Question]:
         place = folder / subtask
         texts = place / "questions_answers_YN"
         for path in sorted((texts if texts.is_dir() else place).glob("*.txt")):
+            if path.stem.lower() == "readme":
+                continue
             shown = with_suffix(place, path.stem, f"images/{path.stem}")
-            asked = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()
-                     if line.strip()]
+            asked = [line.split("\t") for line in words_of(path).split("\n") if line.strip()]
             if len(asked) != 2 or any(len(fields) != 2 for fields in asked):
                 raise ValueError(f"{path}: must have two lines, each a question, a tab and Yes or "
                                  f"No")
@@ -179,6 +181,8 @@ def read_scienceqa(folder: Path, split: str) -> Iterator[Question]:
     for number, problem in load(folder, "problems.json", source=source).items():
         if problem["split"] != split:
             continue
+        if problem["answer"] not in range(len(problem["choices"])):
+            raise ValueError(f"{folder}: problem {number} has no choice {problem['answer']!r}")
         name = f"{split}/{number}/{problem['image']}"
         shown = (picture(folder, name, f"images/{name}"),) if problem["image"] else ()
         hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
@@ -195,11 +199,15 @@ def read_pope(folder: Path, split: str) -> Iterator[Question]:
     for name in POPE_SETS:
         entries = load(folder, f"coco_pope_{name}.json", source="github.com/RUCAIBox/POPE, "
                        "output/coco; its pictures are COCO's val2014")
-        for entry in entries:
-            shown = picture(folder, entry["image"], f"val2014/{entry['image']}")
+        for entry in [entries] if isinstance(entries, dict) else entries:
+            shown, label = picture(folder, entry["image"], f"val2014/{entry['image']}"), entry[
+                "label"].lower()
+            if label not in ("yes", "no"):
+                raise ValueError(f"{folder}: the label of question {entry['question_id']} in "
+                                 f"{name} is {label!r}, not yes or no")
             yield Question(f"{name}/{entry['question_id']}", f"{entry['text']}\n{ONE_WORD}",
-                           (shown,), {"category": name, "label": entry["label"]}, "yes/no",
-                           (entry["text"], entry["label"]))
+                           (shown,), {"category": name, "label": label}, "yes/no",
+                           (entry["text"], label))
 
 
 # -------------------------------------------------------------------------------- CHAIR (B5)
@@ -212,7 +220,9 @@ def read_chair(folder: Path, split: str) -> Iterator[Question]:
     if not (folder / "synonyms.txt").is_file():
         raise ValueError(f"{folder}: has no synonyms.txt; it comes from "
                          f"github.com/LisaAnne/Hallucination, data")
-    vocabulary = read_synonyms((folder / "synonyms.txt").read_text(encoding="utf-8-sig"))
+    synonyms = words_of(folder / "synonyms.txt")
+    if not read_synonyms(synonyms).words:
+        raise ValueError(f"{folder / 'synonyms.txt'}: has no words")
     source = "cocodataset.org, annotations of 2014"
     instances = load(folder, f"instances_{split}.json", source=source)
     captions = load(folder, f"captions_{split}.json", source=source)
@@ -228,8 +238,8 @@ def read_chair(folder: Path, split: str) -> Iterator[Question]:
     for number in sorted(chosen):
         yield Question(str(number), "Please describe this image in detail.",
                        (picture(folder, files[number], f"{split}/{files[number]}"),),
-                       {"objects": objects_shown(shown[number], said[number], vocabulary),
-                        "vocabulary": vocabulary})
+                       {"categories": shown[number], "references": said[number],
+                        "synonyms": synonyms})
 
 
 # --------------------------------------------------- VQAv2, OK-VQA, TextVQA, GQA, A-OKVQA (B6)
@@ -337,8 +347,14 @@ def caption_question(folder: Path, names: list[str], number: str, references: li
 
 
 def read_refcoco(folder: Path, split: str) -> Iterator[Question]:
-    source = "github.com/lichengunc/refer, its refs(...).p converted to JSON once"
-    refs = load(folder, "refs.json", "refs.p", source=source)
+    source = "github.com/lichengunc/refer"
+    pickled = next(folder.glob("refs*.p"), None)
+    if pickled and not (folder / "refs.json").is_file():
+        raise ValueError(f"{pickled}: a pickled file can run programs and is not opened; if you "
+                         f"trust it, convert it: python -c \"import json, pickle; json.dump("
+                         f"pickle.load(open('{pickled.name}', 'rb'), encoding='latin1'), "
+                         f"open('refs.json', 'w'))\"")
+    refs = load(folder, "refs.json", source=source)
     instances = load(folder, "instances.json", source=source)
     boxes = {note["id"]: note["bbox"] for note in instances["annotations"]}
     images = {image["id"]: image for image in instances["images"]}
@@ -376,26 +392,24 @@ def score_captions(rows: dict, answers: dict, *, clean: bool = False, seed: int 
 
 
 def score_chair(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0) -> Result:
-    """CHAIRs, CHAIRi and recall in percent, smaller is better for the first two."""
+    """CHAIRs, CHAIRi and recall in percent of the answers that are there; smaller is better for the
+    first two."""
     parsed = parse_all(rows, answers, lambda row, text: text)
-    vocabulary = next(iter(rows.values()))["vocabulary"]
-    objects = {key: row["objects"] for key, row in rows.items()}
     said = {key: text for key, text in parsed.items() if text is not None}
-    found = chair(said, objects, replace(vocabulary, clean=clean))
+    if not said:
+        raise ValueError("no captions")
+    vocabulary = read_synonyms(next(iter(rows.values()))["synonyms"], clean=clean)
+    objects = {key: objects_shown(rows[key]["categories"], rows[key]["references"], vocabulary)
+               for key in said}
+    found = chair(said, objects, vocabulary)
     undefined = tuple(name for name, of in (("CHAIRi", "mentions"), ("recall", "objects"))
                       if not found[of])
     shares = {name: 100 * found[name] for name in ("CHAIRs", "CHAIRi", "recall")}
-    credit = {key: 1 - chair({key: said.get(key, "")}, objects, vocabulary)["CHAIRs"]
-              for key in rows}
+    wrong = {key: chair({key: text}, objects, vocabulary)["CHAIRs"] for key, text in said.items()}
+    credit = {key: 1 - wrong.get(key, 1.0) for key in rows}
     return result(answers, parsed, credit, shares, "CHAIRs", seed=seed,
-                  units=[100 * (1 - value) for value in credit.values()], statistic=np.mean,
+                  units=[100 * value for value in wrong.values()], statistic=np.mean,
                   undefined=undefined)
-
-
-def score_mmmu(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0) -> Result:
-    """The official program guesses where it finds no letter."""
-    guess = None if clean else 42
-    return vqa.score_mmmu(rows, answers, clean=clean, seed=seed, guess_seed=guess)
 
 
 def score_vqa(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0,
@@ -408,12 +422,14 @@ def score_vqa(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0,
 def score_aokvqa(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0,
                  direct: bool = True) -> Result:
     if not direct:  # a letter stands for its choice's text
-        answers = {key: named(text, rows[key]["choices"]) for key, text in answers.items()
-                   if key in rows}
+        answers = {key: named(text, rows[key]["choices"]) if key in rows else text
+                   for key, text in answers.items()}
     return vqa.score_aokvqa(rows, answers, direct=direct, seed=seed)
 
 
 def named(text: str, choices: list[str]) -> str:
+    if text in choices:
+        return text
     letter = vqa.letter_named(text, vqa.LETTERS[: len(choices)])
     return choices[vqa.LETTERS.index(letter)] if letter else text.strip()
 
@@ -426,7 +442,8 @@ class Benchmark:
     """read(folder, split) -> questions; score(rows, answers, clean=, seed=) -> Result.
 
     `longest`: of an answer, in tokens. `examples`: the split that --shots draws from. `controls`:
-    whether it is also asked without its pictures."""
+    whether it is also asked without its pictures. `guesses`: whether the authors' program guesses
+    where it finds no letter. `together`: questions that are scored as one."""
 
     needs: str  # what the folder must hold
     read: Callable[[Path, str], Iterator[Question]]
@@ -435,16 +452,18 @@ class Benchmark:
     longest: int = 16
     examples: str = ""
     controls: bool = False
+    guesses: bool = False
+    together: int = 1
 
 
 VQA_FILES = "mscoco_{split}_annotations.json, OpenEnded_mscoco_{split}_questions.json, {split}/"
 BENCHMARKS = {
     "mme": Benchmark("a folder for each subtask (existence/, count/, ...) with NAME.txt, NAME.jpg",
-                     read_mme, scores.score_mme, controls=True),
+                     read_mme, scores.score_mme, controls=True, together=2),
     "mmmu": Benchmark("{split}-*.parquet of all subjects, in any folders", read_mmmu,
-                      score_mmmu, "validation", controls=True),
+                      vqa.score_mmmu, "validation", controls=True, guesses=True),
     "scienceqa": Benchmark("problems.json, {split}/ID/image.png", read_scienceqa,
-                           vqa.score_scienceqa, "test", controls=True),
+                           vqa.score_scienceqa, "test", controls=True, guesses=True),
     "pope": Benchmark("coco_pope_random.json, _popular, _adversarial, val2014/", read_pope,
                       scores.score_pope, controls=True),
     "chair": Benchmark("instances_{split}.json, captions_{split}.json, synonyms.txt, {split}/",

@@ -81,6 +81,17 @@ def middle_square(size: tuple[int, int], resized: int) -> Frame:
     return left / width, top / height, resized / width, resized / height
 
 
+def in_whole(match: re.Match, frame: Frame) -> str:
+    """A box in this part of a picture -> the same in the whole picture: in_crop undone.
+
+    >>> in_whole(BOX.search("[0.000, 0.250, 0.500, 0.750]"), (0.125, 0.0, 0.75, 1.0))
+    '[0.125, 0.250, 0.500, 0.750]'
+    """
+    x1, y1, x2, y2 = sides(match[0])
+    left, top, width, height = frame
+    return box_text(left + x1 * width, top + y1 * height, left + x2 * width, top + y2 * height)
+
+
 def in_crop(match: re.Match, frame: Frame) -> str:
     """A box in a picture's own frame -> the same in this part of the picture, clipped to it.
 

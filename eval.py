@@ -18,7 +18,10 @@ import dataclasses
 import json
 import sys
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -31,14 +34,15 @@ from tqdm import tqdm
 import exam
 import world
 from benchmarks import BENCHMARKS, Benchmark, Picture, Question
+from boxes import BOX, in_whole, middle_square
 from captions import cut_caption
 from config import Parser, UserError, commit, input_errors, pick_device, pick_dtype, run_main
 from data import encode, pixels, prompts
-from exam import answer_all
+from exam import Answer, answer_all
 from formats import Document, Image, Ret, Text, chat_document
 from model import VisionLanguageModel
 from parallel import Ranks, start_group, stop_group, this_rank
-from scores import Result, bootstrap, in_form, retrieval
+from scores import Result, bootstrap, by_id, in_form, retrieval
 from tokenizer import Tokenizer
 from vqa import cut_answer
 from weights import BUILT_IN, load_model
@@ -114,12 +118,14 @@ class Examples:
     def __init__(self, pool: list[Question], n: int, model: VisionLanguageModel | None = None):
         self.pool = Random(42).sample(pool, min(POOL, len(pool)))
         self.n, self.model = n, model
-        self.features = features(model, self.pool) if model else None
+        self.features: torch.Tensor | None = None  # of the pool, when they are first needed
 
     def __call__(self, question: Question) -> list[Question]:
         """n examples; two where none are asked for, which show how to answer but no picture."""
         n = self.n or 2
         if self.model:
+            if self.features is None:
+                self.features = features(self.model, self.pool)
             near = (features(self.model, [question]) @ self.features.T)[0].topk(n).indices
             return [self.pool[i] for i in near.flip(0).tolist()]
         return Random(f"42/{question.id}").sample(self.pool, n)
@@ -140,20 +146,25 @@ def features(model: VisionLanguageModel, questions: list[Question]) -> torch.Ten
 
 
 def controlled(questions: list[Question], control: str, size: int) -> list[Question]:
-    """The same questions with grey pictures, or each with those of another one."""
+    """The same questions with grey pictures, or each with those of the next one, from half of all
+    on, that has as many and others; with its own, if there is none."""
     if control == "blank":
         grey = np.full((size, size, 3), 127, np.uint8)
         return [dataclasses.replace(q, pictures=(grey,) * len(q.pictures)) for q in questions]
-    by_number: dict[int, list[int]] = {}
-    for i, question in enumerate(questions):
-        by_number.setdefault(len(question.pictures), []).append(i)
-    others = list(questions)
-    for places in by_number.values():
-        half = len(places) // 2  # questions about one picture stand side by side
-        for at, i in enumerate(places):
-            others[i] = questions[places[(at + half) % len(places)]]
-    return [dataclasses.replace(q, pictures=other.pictures)
-            for q, other in zip(questions, others, strict=True)]
+    by_number: dict[int, list[tuple]] = {}
+    for question in questions:
+        by_number.setdefault(len(question.pictures), []).append(question.pictures)
+    at, others = Counter(), []
+    for question in questions:
+        n = len(question.pictures)
+        place, same = at[n], by_number[n]
+        at[n] += 1
+        turns = range(len(same) // 2, len(same) // 2 + len(same))
+        pictures = next((same[(place + turn) % len(same)] for turn in turns
+                         if same[(place + turn) % len(same)] != question.pictures),
+                        question.pictures)
+        others.append(dataclasses.replace(question, pictures=pictures))
+    return others
 
 
 def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Question],
@@ -163,6 +174,10 @@ def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Qu
     known = read_answers(path) if path.is_file() else {}
     for part in parts_of(path):
         known |= read_answers(part, whole=False)
+    for question in questions:
+        if known.get(question.id, {}).get("asked", asked_of(question)) != asked_of(question):
+            raise ValueError(f"{path}: has an answer to another question {question.id}, of other "
+                             f"words or pictures; choose another --out")
     mine = [q for i, q in enumerate(questions) if i % ranks.size == ranks.rank]
     todo = [q for q in mine if q.id not in known]
     part = path.with_name(f"{path.stem}.{ranks.rank}.part.jsonl")
@@ -172,15 +187,37 @@ def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Qu
             disable=None if ranks.is_first else True, unit=" answers") as bar:
         for first in range(0, len(todo), BATCH):
             some = todo[first : first + BATCH]
-            said = answer_all(model, tokenizer, [document_of(q) for q in some], longest)
+            said = answered(model, tokenizer, [document_of(q) for q in some], longest)
             for question, answer in zip(some, said, strict=True):
-                file.write(json.dumps({"id": question.id, **dataclasses.asdict(answer)}) + "\n")
+                file.write(json.dumps({"id": question.id, "asked": asked_of(question),
+                                       **dataclasses.asdict(answer)}) + "\n")
             file.flush()
             bar.update(len(some))
     ranks.wait()
     if ranks.is_first:
         merge(path, questions)
     ranks.wait()
+
+
+def answered(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document],
+             longest: int) -> list[Answer]:
+    """answer_all; what has a picture that cannot be read, or is too long, is answered by nothing,
+    and said."""
+    try:
+        return answer_all(model, tokenizer, documents, longest)
+    except ValueError as error:
+        if len(documents) == 1:
+            sys.stderr.write(f"not asked: {error}\n")
+            return [Answer("", None)]
+        return [one for document in documents
+                for one in answered(model, tokenizer, [document], longest)]
+
+
+def asked_of(question: Question) -> int:
+    """A number for what is asked, by its words and pictures."""
+    names = [str(p.names) if isinstance(p, Picture) else zlib.crc32(bytes(p))
+             for p in question.pictures]
+    return zlib.crc32(json.dumps([question.text, names]).encode())
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -240,7 +277,7 @@ def read_answers(path: Path, whole: bool = True) -> dict[str, dict]:
 
 def scored(benchmark: Benchmark, questions: list[Question], answers: dict[str, dict],
            clean: bool = False) -> Result:
-    rows = {question.id: question.row for question in questions}
+    rows = by_id((question.id, question.row) for question in questions)
     texts = {name: entry["answer"].strip() for name, entry in answers.items()}
     return benchmark.score(rows, texts, clean=clean)
 
@@ -304,8 +341,9 @@ def retrieve(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Q
                     for q in some for caption in q.row["references"]]
         out = model(prompts(searches, tokenizer, model.config, model.embed.device))
         texts.append(out.ret_features.cpu())
-        images.append(out.image_features.cpu())
-        image_of += [first + i for i, q in enumerate(some) for _ in q.row["references"]]
+        own = [i for i, q in enumerate(some) for _ in q.row["references"]]
+        images.append(out.image_features.cpu()[[own.index(i) for i in range(len(some))]])
+        image_of += [first + i for i in own]
     similarity = torch.cat(images) @ torch.cat(texts).T
     return retrieval(similarity.numpy(), image_of)
 
@@ -327,6 +365,8 @@ def arguments():
     add("--limit", type=int, default=0, help="only so many questions (0: all)")
     add("--shots", type=int, default=-1, help="ask as OpenFlamingo does, with so many examples "
         "(0: two without pictures)")
+    add("--guess", action="store_true", help="MMMU, ScienceQA: where no letter is found take a "
+        "random one, as the authors' programs do, instead of counting it as wrong")
     add("--rices", action="store_true", help="examples with the most similar pictures")
     add("--controls", default="yes", choices=["yes", "no"],
         help="ask questions of yes or no and of choices also with a grey and with another picture")
@@ -346,8 +386,22 @@ def arguments():
         parser.error("--questions must be at least 1, --limit and --shots at least 0")
     if args.benchmark not in (None, "drawn") and not args.data and not args.list:
         parser.error(f"--data: the folder of {args.benchmark}'s files; --list says which")
-    if args.shots >= 0 and not getattr(BENCHMARKS.get(args.benchmark), "examples", ""):
+    known = BENCHMARKS.get(args.benchmark)
+    if args.shots >= 0 and not (known and known.examples):
         parser.error(f"--shots: {args.benchmark} has no training samples to take examples from")
+    idle = {"--rices": args.rices and args.shots < 0, "--guess": args.guess and not (
+                known and known.guesses), "--split": args.split and known and not known.split}
+    if args.benchmark == "drawn":
+        idle |= {"--data": args.data, "--limit": args.limit, "--score": args.score,
+                 "--split": args.split}
+    if args.score:
+        idle |= {"--model": args.model, "--shots": args.shots >= 0, "--out": args.out}
+    for name, given in idle.items():
+        if given:
+            parser.error(f"{name} does nothing here; leave it out")
+    if known and args.limit % known.together:
+        parser.error(f"--limit {args.limit}: {args.benchmark} scores {known.together} questions as "
+                     f"one; give a multiple")
     return args
 
 
@@ -359,10 +413,15 @@ def main() -> None:
                                                for name, b in BENCHMARKS.items()))
     if args.benchmark == "drawn":
         return drawn(args)
-    benchmark = BENCHMARKS["coco" if args.benchmark == "retrieval" else args.benchmark]
+    name = args.benchmark
+    if name == "retrieval":
+        name = "flickr30k" if (Path(args.data) / "dataset_flickr30k.json").is_file() else "coco"
+    benchmark = BENCHMARKS[name]
+    if args.guess:
+        benchmark = dataclasses.replace(benchmark, score=partial(benchmark.score, guess_seed=42))
     split = args.split or benchmark.split
-    with input_errors():
-        questions = [*islice(benchmark.read(Path(args.data), split), args.limit or None)]
+    everything = read(benchmark, args.data, split, 0 if benchmark.controls else args.limit)
+    questions = everything[: args.limit or None]
     if not questions:
         raise UserError(f"{args.data}: has no question of {args.benchmark}, split {split!r}")
     record = {"benchmark": args.benchmark, "split": split}
@@ -381,13 +440,27 @@ def main() -> None:
             found = scored(benchmark, questions, answers, args.mode == "clean")
         record |= summary(found, questions, answers, args.mode == "clean")
     else:
-        record |= asked(args, benchmark, questions)
+        with input_errors():
+            record |= asked(args, benchmark, questions, everything)
     if this_rank().is_first:
         print(json.dumps(record) if args.json else table(record))
 
 
-def asked(args, benchmark: Benchmark, questions: list[Question]) -> dict:
-    """Let the model answer what is not answered yet, and score it."""
+def read(benchmark: Benchmark, data: str, split: str, limit: int = 0) -> list[Question]:
+    """The first questions (0: all). UserError if the files are not as they are published."""
+    try:
+        return [*islice(benchmark.read(Path(data), split), limit or None)]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise UserError(f"{data}: its files are not as published: {type(error).__name__} {error}"
+                        ) from None
+
+
+def asked(args, benchmark: Benchmark, questions: list[Question], everything: list[Question]
+          ) -> dict:
+    """Let the model answer what is not answered yet, and score it. `everything`: also the questions
+    that --limit leaves out, whose pictures may be shown as others."""
     check_pictures(questions)
     ranks = this_rank()
     device = pick_device(args.device, ranks.local)
@@ -396,9 +469,11 @@ def asked(args, benchmark: Benchmark, questions: list[Question]) -> dict:
     model.to(pick_dtype(args.dtype, device))
     if ranks.size > 1:
         start_group(ranks, device, timeout=A_DAY)  # which one rank may be slower than another
+    folder = Path(args.model or BUILT_IN).resolve()
     about = {"benchmark": args.benchmark, "split": args.split or benchmark.split,
-             "model": str(Path(args.model or BUILT_IN).resolve()), "shots": args.shots,
-             "rices": args.rices}
+             "model": str(folder), "weights": sum(file.stat().st_mtime_ns for file in
+                                                  folder.glob("*.safetensors")),
+             "shots": args.shots, "rices": args.rices}
     out = Path(args.out or f"out/eval/{args.benchmark}-{Path(about['model']).name}")
     with input_errors():
         prepare(out, about)
@@ -406,11 +481,12 @@ def asked(args, benchmark: Benchmark, questions: list[Question]) -> dict:
     record = about | {"commit": commit(), "prompt": shown(document_of(questions[0]))}
     for control in ("", *CONTROLS) if benchmark.controls and args.controls == "yes" else ("",):
         path = out / (f"answers-{control}.jsonl" if control else ANSWERS)
-        some = (controlled(questions, control, model.config.vision.image_size) if control
-                else questions)
+        some = questions
+        if control:
+            some = controlled(everything, control, model.config.vision.image_size)[: len(questions)]
         collect(model, tokenizer, some, document_of, benchmark.longest, path, ranks, control)
-        answers = {name: entry | {"answer": form(entry["answer"])}
-                   for name, entry in read_answers(path).items() if name in {q.id for q in some}}
+        known = read_answers(path)
+        answers = {q.id: known[q.id] | {"answer": form(q, known[q.id]["answer"])} for q in some}
         # OpenFlamingo's own scorer normalises always, which is what "clean" does to VQA.
         clean = args.mode == "clean" or args.shots >= 0
         result = scored(benchmark, some, answers, clean)
@@ -447,14 +523,24 @@ def prepare(out: Path, about: dict) -> None:
 
 def prompt_maker(args, benchmark: Benchmark, model: VisionLanguageModel, tokenizer: Tokenizer
                  ) -> tuple[Callable, Callable]:
-    """How a question becomes a prompt, and what of the model's words is its answer."""
+    """How a question becomes a prompt, and what of the model's words is its answer to it."""
     if args.shots < 0:
-        return lambda question: prompt(question, tokenizer.chat), str.strip
-    with input_errors():
-        pool = [*benchmark.read(Path(args.data), benchmark.examples)]
+        vision = model.config.vision
+
+        def form(question: Question, said: str) -> str:
+            """Boxes are in the middle square of the picture, which is all that the model sees."""
+            if question.form != "box" or vision.resize != "crop":
+                return said.strip()
+            frame = middle_square(question.row["size"], vision.image_size)
+            return BOX.sub(partial(in_whole, frame=frame), said.strip())
+
+        return lambda question: prompt(question, tokenizer.chat), form
+    pool = read(benchmark, args.data, benchmark.examples)
     if len(pool) < max(args.shots, 2):
         raise UserError(f"--shots {args.shots}: {args.data} has {len(pool)} training samples")
     examples = Examples(pool, args.shots, model if args.rices else None)
+    if args.shots or args.rices:
+        check_pictures(examples.pool)
     room = min(LONGEST_PROMPT, model.config.decoder.max_seq_len - benchmark.longest)
 
     def document_of(question: Question) -> Document:
@@ -465,7 +551,8 @@ def prompt_maker(args, benchmark: Benchmark, model: VisionLanguageModel, tokeniz
             document = with_examples(question, chosen, args.shots > 0)
         return document
 
-    return document_of, cut_answer if pool[0].bare[0] else cut_caption
+    cut = cut_answer if pool[0].bare[0] else cut_caption
+    return document_of, lambda question, said: cut(said)
 
 
 def drawn(args) -> None:

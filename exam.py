@@ -48,7 +48,7 @@ class Answer:
     """What was said, and the log-probability of all of it, its end included."""
 
     answer: str
-    logprob: float
+    logprob: float | None  # None: nothing was said
 
 
 def answer_all(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document],

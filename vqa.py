@@ -26,12 +26,14 @@ LETTERS = "ABCDEFGHI"
 def letter_named(answer: str, letters: str) -> str | None:
     """What a person takes for the letter of an option. Clean mode of MMMU and ScienceQA.
 
+    Of several that are marked, as in "(A) is wrong, so (D)", the last one.
+
     >>> letter_named("d. orange", "ABCD"), letter_named("A dog", "ABCD")
     ('D', None)
     """
-    found = (re.match(r"\W*([A-Za-z])(?:[^\w\s'-]|\W*$)", answer)
-             or re.search(r"(?i:answer|option)(?: is|:)*\W*([A-Z])\b", answer))
-    letter = found[1].upper() if found else ""
+    marked = re.findall(r"\(([A-Z])\)|(?i:answer|option)(?: is|:)*\W*([A-Z])\b", answer)
+    first = re.match(r"\W*([A-Za-z])(?:[^\w\s'-]|\W*$)", answer)
+    letter = "".join(marked[-1]) if marked else first[1].upper() if first else ""
     return letter if letter and letter in letters else None
 
 

@@ -9,14 +9,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
+from PIL import Image as Image_
 
 import eval
+import world
 from benchmarks import BENCHMARKS, Question
 from eval import read_answers
+from exam import Answer
 from formats import Image, Text
-from tests.folders import MAKERS, make
+from tests.folders import MAKERS, make, scene_picture, write
 
 ROOT = Path(__file__).parent.parent
 
@@ -173,7 +177,7 @@ def test_a_missing_file_is_named_with_where_it_comes_from(name, tmp_path, cli):
 
 def test_pickled_annotations_are_refused_with_the_way_to_convert_them(tmp_path, cli):
     make("refcoco", tmp_path)
-    (tmp_path / "refs.json").rename(tmp_path / "refs.p")
+    (tmp_path / "refs.json").rename(tmp_path / "refs(unc).p")
     code, _, err = cli(eval, "refcoco", "--data", tmp_path, "--score", "x.jsonl")
     assert code == 2 and "pickle.load" in err and err.count("\n") == 1
 
@@ -186,19 +190,150 @@ def test_missing_pictures_are_counted_before_anything_is_asked(tmp_path, cli):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_pictures_are_shown_but_never_the_own_one(tmp_path):
+@pytest.mark.parametrize("n", [3, 5, 24])
+def test_other_pictures_are_shown_but_never_the_own_one(n, tmp_path):
     make("pope", tmp_path)
-    questions = answers_of("pope", tmp_path)
+    questions = answers_of("pope", tmp_path)[:n]
     for question, other in zip(questions, eval.controlled(questions, "shuffled", 60), strict=True):
         assert other.pictures != question.pictures and other.id == question.id
 
 
-def test_captions_find_their_pictures_and_back(tmp_path, cli):
-    make("coco", tmp_path)
+@pytest.mark.parametrize("name", ["coco", "flickr30k"])
+def test_captions_find_their_pictures_and_back(name, tmp_path, cli):
+    """Several captions a picture, of uneven number; the first place is the right one."""
+    place, images = ("val2014" if name == "coco" else "flickr30k-images"), []
+    for i in range(20):
+        scene_picture(i, tmp_path / place / f"{i}.jpg")
+        said = [world.caption(world.make_scene(i, "test"), Random(n)) for n in range(1 + i % 4)]
+        images.append({"filename": f"{i}.jpg", "filepath": place, "cocoid": i, "split": "test",
+                       "sentences": [{"raw": caption} for caption in said]})
+    write(tmp_path / f"dataset_{name}.json", {"images": images})
     code, out, err = cli(eval, "retrieval", "--data", tmp_path, "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert found["text to image R@10"] == found["image to text R@10"] == 100
+    assert found["text to image R@1"] > 90 and found["image to text R@1"] > 90
+
+
+def test_boxes_are_given_back_in_the_whole_picture(tmp_path, monkeypatch, cli):
+    """A model that was trained here answers in the middle square of the picture, which it sees."""
+    make("refcoco", tmp_path / "data")
+    Image_.new("RGB", (640, 480)).save(tmp_path / "data" / "train2014" / "0.jpg")
+    instances = json.loads((tmp_path / "data" / "instances.json").read_text())
+    instances["images"][0] |= {"width": 640, "height": 480}
+    instances["annotations"][0]["bbox"] = [85, 120, 80, 240]
+    write(tmp_path / "data" / "instances.json", instances)
+    monkeypatch.setattr(eval, "answer_all", lambda model, tokenizer, documents, longest: [
+        Answer("[0.012, 0.250, 0.178, 0.750]", 0.0)] * len(documents))
+    code, out, err = cli(eval, "refcoco", "--data", tmp_path / "data", "--out", tmp_path / "out",
+                         "--limit", 1, "--json")
+    assert code == 0 and json.loads(out)["score"] == 100, err
+
+
+def test_answers_to_other_questions_or_of_other_weights_are_not_taken(tmp_path, cli):
+    make("gqa", tmp_path / "data")
+    command = ["gqa", "--data", tmp_path / "data", "--out", tmp_path / "out"]
+    assert cli(eval, *command)[0] == 0
+    path = tmp_path / "data" / "testdev_balanced_questions.json"
+    path.write_text(path.read_text().replace("Is it red?", "Is it blue?"))
+    code, _, err = cli(eval, *command)
+    assert code == 2 and "another question" in err and err.count("\n") == 1
+
+
+def test_a_picture_that_cannot_be_read_costs_its_own_answer_alone(tmp_path, cli):
+    make("gqa", tmp_path / "data")
+    (tmp_path / "data" / "images" / "n2.jpg").write_text("hello")
+    code, out, err = cli(eval, "gqa", "--data", tmp_path / "data", "--out", tmp_path / "out",
+                         "--json")
+    assert code == 0 and "not asked: " in err and "n2.jpg" in err
+    found = read_answers(tmp_path / "out" / "answers.jsonl")
+    assert [entry["logprob"] is None for entry in found.values()] == [False, False, True, False]
+
+
+def test_a_choice_may_be_named_by_its_text_or_its_letter(tmp_path, cli):
+    make("aokvqa-choices", tmp_path)
+    said = ["cat", "A", "The answer is (A).", "dog"]
+    lines = [json.dumps({"id": f"q{i}", "answer": answer}) for i, answer in enumerate(said)]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
+    code, out, err = cli(eval, "aokvqa-choices", "--data", tmp_path, "--json", "--score",
+                         tmp_path / "answers.jsonl")
+    assert code == 0 and json.loads(out)["score"] == 75, err
+
+
+def test_letters_that_are_not_found_are_counted_unless_a_guess_is_asked_for(tmp_path, cli):
+    pytest.importorskip("pyarrow")
+    make("mmmu", tmp_path)
+    (tmp_path / "answers.jsonl").write_text('{"id": "validation_Art_1", "answer": "hm"}\n')
+    command = ["mmmu", "--data", tmp_path, "--json", "--score", tmp_path / "answers.jsonl"]
+    plain, guessed = (json.loads(cli(eval, *command, *more)[1]) for more in ((), ("--guess",)))
+    assert (plain["unparsed"], plain["missing"], guessed["unparsed"]) == (1, 1, 0)
+
+
+def test_clean_chair_knows_a_bus_and_missing_captions_are_no_praise(tmp_path, cli):
+    make("chair", tmp_path)
+    (tmp_path / "synonyms.txt").write_text("bus, minibus\ncat, kitten\n")
+    captions = json.loads((tmp_path / "captions_val2014.json").read_text())
+    captions["annotations"][1]["caption"] = "A bus."
+    write(tmp_path / "captions_val2014.json", captions)
+    (tmp_path / "answers.jsonl").write_text('{"id": "1", "answer": "a bus and a cat"}\n')
+    command = ["chair", "--data", tmp_path, "--json", "--score", tmp_path / "answers.jsonl"]
+    official, clean = (json.loads(cli(eval, *command, *more)[1])
+                       for more in ((), ("--mode", "clean")))
+    assert (official["scores"]["CHAIRi"], clean["scores"]["CHAIRi"]) == (100, 50)
+    assert official["interval"] == clean["interval"] == [100, 100] and clean["missing"] == 3
+    (tmp_path / "answers.jsonl").write_text("")
+    code, _, err = cli(eval, *command)
+    assert code == 2 and "no captions" in err
+
+
+IDLE = [("pope", "--rices"), ("pope", "--split", "val"), ("drawn", "--limit", 3),
+        ("mme", "--limit", 3), ("pope", "--score", "x.jsonl", "--model", "m"), ("gqa", "--guess"),
+        ("nocaps", "--shots", 2)]
+
+
+@pytest.mark.parametrize("arguments", IDLE, ids=lambda arguments: " ".join(map(str, arguments)))
+def test_flags_that_would_do_nothing_are_refused(arguments, tmp_path, cli):
+    make("pope", tmp_path)
+    data = () if arguments[0] == "drawn" else ("--data", tmp_path)
+    code, _, err = cli(eval, *arguments, *data)
+    flag = next(str(a) for a in reversed(arguments) if str(a).startswith("--"))
+    assert code == 2 and flag in err and err.count("\n") == 1
+
+
+def broken_pope(folder: Path) -> None:
+    (folder / "coco_pope_random.json").write_text('{"question_id": 1, "image": "x"}\n')
+
+
+def twice_pope(folder: Path) -> None:
+    path = folder / "coco_pope_random.json"
+    path.write_text(path.read_text() * 2)
+
+
+def list_gqa(folder: Path) -> None:
+    write(folder / "testdev_balanced_questions.json", [1, 2])
+
+
+def foreign_chair(folder: Path) -> None:
+    instances = json.loads((folder / "instances_val2014.json").read_text())
+    instances["annotations"][0]["image_id"] = 77
+    write(folder / "instances_val2014.json", instances)
+
+
+@pytest.mark.parametrize("name, spoil", [
+    ("pope", broken_pope), ("pope", twice_pope), ("gqa", list_gqa), ("chair", foreign_chair)])
+def test_files_that_are_not_as_published_are_one_line(name, spoil, tmp_path, cli):
+    make(name, tmp_path)
+    spoil(tmp_path)
+    (tmp_path / "answers.jsonl").write_text("")
+    code, _, err = cli(eval, name, "--data", tmp_path, "--score", tmp_path / "answers.jsonl")
+    assert code == 2 and err.count("\n") == 1, err
+
+
+def test_files_may_begin_with_a_mark_and_have_a_readme_beside_them(tmp_path):
+    make("mme", tmp_path)
+    path = tmp_path / "count" / "0.txt"
+    path.write_text("\ufeff" + path.read_text().replace("\n", "\r\n"), encoding="utf-8")
+    (tmp_path / "count" / "readme.txt").write_text("hello")
+    assert answers_of("mme", tmp_path)[0].text.startswith("Is there")
 
 
 def test_all_benchmarks_are_listed_with_their_files(cli):

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "benchmarks": {"formats", "records", "scores", "vqa", "captions"},
     "exam": {"model", "generate", "tokenizer", "data", "scores", "world", "formats"},
     "eval": {"model", "weights", "tokenizer", "data", "scores", "vqa", "captions", "formats",
-             "benchmarks", "exam", "world", "parallel", "config"},
+             "boxes", "benchmarks", "exam", "world", "parallel", "config"},
     "report": {"vision", "weights", "formats", "exam", "plot", "config"},
     "watch": {"config", "model", "tokenizer", "formats", "data"},
     "train": {"kernels", "vision", "model", "tokenizer", "world", "records", "formats", "sources",

@@ -185,7 +185,7 @@ def test_mmmu_has_thirty_subjects():
     ("B.x", None, "B"),
     ("The answer is B.", "B", "B"),
     ("The answer is B", None, "B"),
-    ("The answer is A. The answer is B.", None, "A"),
+    ("The answer is A. The answer is B.", None, "B"),
     ("b", None, "B"),
     ("(B)", None, "B"), ("B)", None, "B"), ("Answer: B", None, "B"),
     ("D", None, None), ("The answer is D.", None, None),  # beyond the choices
