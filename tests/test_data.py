@@ -692,13 +692,9 @@ def test_a_tally_tells_each_reason_once_and_names_files_that_lost_most():
     assert again.report() == both.report()
 
 
-@pytest.mark.parametrize("n_bad, n_good, gives_up", [
-    (20, 0, False), (21, 0, True), (21, 80, True), (21, 84, False), (250, 1000, False)])
-def test_a_run_gives_up_when_too_many_are_bad_but_not_at_the_first(n_bad, n_good, gives_up):
-    tally = Tally()
-    tally.add([Origin("a", "x", "bad", "line")] * n_bad + [Origin("a", "y")] * n_good)
-    assert too_bad(tally.bad, tally.tried, 0.2) is gives_up
-
-
-def test_a_run_gives_up_when_nothing_can_be_used_whatever_it_accepts():
-    assert too_bad(100, 100, 1.0) and not too_bad(100, 101, 1.0) and not too_bad(99, 99, 1.0)
+@pytest.mark.parametrize("n_bad, n_good, most, gives_up", [
+    (20, 0, 0.2, False), (21, 0, 0.2, True), (21, 80, 0.2, True), (21, 84, 0.2, False),
+    (250, 1000, 0.2, False), (99, 0, 1, False), (100, 0, 1, True), (100, 1, 1, False)])
+def test_a_run_gives_up_when_too_many_or_all_are_bad_but_not_at_the_first(n_bad, n_good, most,
+                                                                          gives_up):
+    assert too_bad(n_bad, n_bad + n_good, most) is gives_up

@@ -4,6 +4,7 @@ pytest tests/test_faults.py            three kills at random moments
 pytest tests/test_faults.py -m slow    twenty
 """
 
+import contextlib
 import os
 import random
 import resource
@@ -52,9 +53,12 @@ def newest(out: Path) -> int:
 
 def workers(agent: int) -> set[int]:
     """The processes that torchrun has started."""
-    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    return {int(pid) for pid in children
-            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    found = set()
+    for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it has just ended
+            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(int(pid))
+    return found
 
 
 def until(holds: Callable[[], bool], at_most: float = 120) -> None:
