@@ -132,15 +132,16 @@ def in_a_group(ranks: Ranks, device: torch.device, timeout: float):
         yield
         stop_group()
     except UserError as error:
-        if store.add("said", 1) == 1:
-            complain(error)
+        with contextlib.suppress(RuntimeError):  # the store is gone: with the rank that has said it
+            if store.add("said", 1) == 1:
+                complain(error)
         raise SystemExit(2) from None
     except RuntimeError as error:
         lost = re.search(r"[Tt]imed out|[Cc]onnection (closed|reset|refused)|Broken pipe|[Gg]loo|"
                          r"NCCL", str(error))
         if ranks.size == 1 or not lost:
             raise
-        with contextlib.suppress(RuntimeError):  # the store may be gone with the first rank
+        with contextlib.suppress(RuntimeError):  # gone: nobody can tell
             if store and store.check(["said"]):
                 os._exit(2)
         sys.stderr.write(f"rank {ranks.rank}: another rank has ended, or has not answered within "
