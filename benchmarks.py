@@ -21,6 +21,7 @@ import numpy as np
 
 import scores
 import vqa
+from boxes import pixel_box
 from captions import caption_scores, chair, cider_d, objects_shown, read_synonyms, tokenize
 from formats import (
     FIND,
@@ -42,7 +43,7 @@ class Question:
     """`text` asks about `pictures` (or their bytes), which stand where it says <image>, else in
     front. `row` is what the scorer needs, named as published. `form`: what kind of answer is asked
     for, one of scores.FORMS or "" (sentences). `bare`: the question alone, and a person's answer to
-    it, for prompts with examples."""
+    it, for prompts with examples. `right`: what a reader of mistakes is shown, if not that."""
 
     id: str
     text: str
@@ -50,6 +51,7 @@ class Question:
     row: dict
     form: str = ""
     bare: tuple[str, str] = ("", "")
+    right: str = ""
 
 
 # ------------------------------------------------------------------------------- reading files
@@ -95,6 +97,13 @@ class Picture:
 
     folder: Path
     names: tuple[str, ...]
+
+    def path(self) -> str:
+        """The same, or "" if there is none."""
+        try:
+            return self.find()
+        except ValueError:
+            return ""
 
     def find(self) -> str:
         """The path of the first one that is there. ValueError if none is."""
@@ -170,7 +179,7 @@ def read_mmmu(folder: Path, split: str) -> Iterator[Question]:
                           for number in re.findall(r"<image ([1-7])>", text))
             kept = {name: row[name] for name in ("question_type", "options", "answer")}
             yield Question(row["id"], re.sub(r"<image [1-7]>", "<image>", text), shown, kept,
-                           "letter" if several else "word")
+                           "letter" if several else "word", right=row["answer"])
 
 
 # ---------------------------------------------------------------------------- ScienceQA (B3)
@@ -187,7 +196,8 @@ def read_scienceqa(folder: Path, split: str) -> Iterator[Question]:
         shown = (picture(folder, name, f"images/{name}"),) if problem["image"] else ()
         hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         text = f"{hint}{problem['question']}\n{options(problem['choices'])}\n{LETTER}"
-        yield Question(number, text, shown, problem, "letter")
+        yield Question(number, text, shown, problem, "letter",
+                       right=vqa.LETTERS[problem["answer"]])
 
 
 # --------------------------------------------------------------------------------- POPE (B4)
@@ -301,8 +311,9 @@ def read_aokvqa(folder: Path, split: str) -> Iterator[Question]:
 def read_aokvqa_choices(folder: Path, split: str) -> Iterator[Question]:
     """The choices are given by letter; the text of the one that is named counts."""
     for question in read_aokvqa(folder, split):
-        asked = f"{question.bare[0]}\n{options(question.row['choices'])}\n{LETTER}"
-        yield replace(question, text=asked, form="letter")
+        choices, right = question.row["choices"], question.row["correct_choice_idx"]
+        yield replace(question, text=f"{question.bare[0]}\n{options(choices)}\n{LETTER}",
+                      form="letter", right=f"{vqa.LETTERS[right]}, {choices[right]}")
 
 
 # ------------------------------------------------------------ COCO, Flickr30k, NoCaps (B7)
@@ -363,10 +374,11 @@ def read_refcoco(folder: Path, split: str) -> Iterator[Question]:
             image = images[ref["image_id"]]
             name = image["file_name"]
             shown = picture(folder, name, f"train2014/{name}", f"images/{name}")
-            row = {"bbox": boxes[ref["ann_id"]], "size": (image["width"], image["height"])}
+            (x, y, w, h), size = boxes[ref["ann_id"]], (image["width"], image["height"])
+            row = {"bbox": (x, y, w, h), "size": size}
             for sentence in ref["sentences"]:
                 yield Question(str(sentence["sent_id"]), FIND.format(sentence["sent"].strip(". ")),
-                               (shown,), row, "box")
+                               (shown,), row, "box", right=pixel_box(x, y, w, h, size))
 
 
 # ------------------------------------------------------------------- scores of whole sentences

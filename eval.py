@@ -168,7 +168,8 @@ def controlled(questions: list[Question], control: str, size: int) -> list[Quest
 
 
 def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Question],
-            document_of, longest: int, path: Path, ranks: Ranks, what: str = "") -> None:
+            document_of: Callable, answer_of: Callable, longest: int, path: Path, ranks: Ranks,
+            what: str = "") -> None:
     """Answer what has no answer in `path` yet, and append to it; each rank has a part of its own
     until all of them are done."""
     known = read_answers(path) if path.is_file() else {}
@@ -188,9 +189,12 @@ def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Qu
         for first in range(0, len(todo), BATCH):
             some = todo[first : first + BATCH]
             said = answered(model, tokenizer, [document_of(q) for q in some], longest)
-            for question, answer in zip(some, said, strict=True):
-                file.write(json.dumps({"id": question.id, "asked": asked_of(question),
-                                       **dataclasses.asdict(answer)}) + "\n")
+            for question, one in zip(some, said, strict=True):
+                answer = answer_of(question, one.answer)
+                file.write(json.dumps({"id": question.id, "answer": answer,
+                                       "logprob": one.logprob, "asked": asked_of(question)}
+                                      | ({"said": one.answer} if answer != one.answer else {}))
+                           + "\n")
             file.flush()
             bar.update(len(some))
     ranks.wait()
@@ -285,14 +289,13 @@ def scored(benchmark: Benchmark, questions: list[Question], answers: dict[str, d
 def summary(scored: Result, questions: list[Question], answers: dict[str, dict], clean: bool
             ) -> dict:
     """What the answers are worth, as it is written to result.json."""
-    form = questions[0].form
-    said = [answers[q.id]["answer"] for q in questions if q.id in answers and q.form == form]
+    said = [(answers[q.id]["answer"], q.form) for q in questions if q.id in answers and q.form]
     return {
         "mode": "clean" if clean else "official", "main": scored.main,
         "score": scored.scores[scored.main], "interval": scored.interval, "scores": scored.scores,
         "n": scored.n, "missing": len(scored.missing), "unparsed": scored.unparsed,
         "undefined": scored.undefined,
-        "in_form": in_form(said, form) if form and said else None}
+        "in_form": sum(in_form([text], form) for text, form in said) / len(said) if said else None}
 
 
 def write_predictions(path: Path, questions: list[Question], answers: dict[str, dict],
@@ -300,16 +303,17 @@ def write_predictions(path: Path, questions: list[Question], answers: dict[str, 
     """A line for each question with all that is known of its answer, for report.py and the eye."""
     with open(path, "w", encoding="utf-8") as file:
         for q in questions:
+            if q.id not in scored.credit:  # it does not count
+                continue
             said = answers.get(q.id, {})
-            right = q.row.get("label", q.row.get("answer", q.bare[1]))
-            pictures = [p.find() for p in q.pictures if isinstance(p, Picture)]
+            pictures = [p.path() for p in q.pictures if isinstance(p, Picture)]
             parsed = scored.parsed.get(q.id)
             file.write(json.dumps({
                 "id": q.id, "question": q.text, "form": q.form, "pictures": pictures,
-                "wanted": str(right).lower() if q.form == "yes/no" else str(right),
-                "answer": said.get("answer", ""), "logprob": said.get("logprob"),
+                "wanted": q.right or q.bare[1], "answer": said.get("answer", ""),
+                "logprob": said.get("logprob"),
                 "parsed": parsed if isinstance(parsed, str) else None,
-                "credit": scored.credit.get(q.id, 0.0)}) + "\n")
+                "credit": scored.credit[q.id]}) + "\n")
 
 
 def table(record: dict) -> str:
@@ -395,7 +399,7 @@ def arguments():
         idle |= {"--data": args.data, "--limit": args.limit, "--score": args.score,
                  "--split": args.split}
     if args.score:
-        idle |= {"--model": args.model, "--shots": args.shots >= 0, "--out": args.out}
+        idle |= {"--model": args.model, "--shots": args.shots >= 0}
     for name, given in idle.items():
         if given:
             parser.error(f"{name} does nothing here; leave it out")
@@ -407,6 +411,11 @@ def arguments():
 
 def main() -> None:
     args = arguments()
+    ranks = this_rank()
+    if ranks.size > 1 and args.benchmark in ("drawn", "retrieval"):
+        raise UserError(f"{args.benchmark} is not split over processes: start one")
+    if args.list and not ranks.is_first:
+        return None
     if args.list:
         return print("drawn\n    nothing; the drawn world's exam\nretrieval\n    as coco or "
                      "flickr30k\n" + "\n".join(f"{name}\n    " + b.needs.format(split=b.split)
@@ -432,17 +441,23 @@ def main() -> None:
             raise UserError("retrieval: this model has no contrastive head")
         check_pictures(questions)
         found = retrieve(model, tokenizer, questions)
+        record |= {"model": str(args.model or BUILT_IN), "commit": commit(), "n": len(questions)}
         return print(json.dumps(record | found) if args.json else "\n".join(
             f"| {name} | {value:.2f} |" for name, value in found.items()))
     if args.score:
         with input_errors():
             answers = read_answers(Path(args.score))
             found = scored(benchmark, questions, answers, args.mode == "clean")
-        record |= summary(found, questions, answers, args.mode == "clean")
+        record |= {"answers": args.score, "commit": commit(), "prompt": ""} | summary(
+            found, questions, answers, args.mode == "clean")
+        if args.out:
+            with input_errors():
+                prepare(Path(args.out), {"benchmark": args.benchmark, "answers": args.score})
+            keep(Path(args.out), record, questions, answers, found)
     else:
         with input_errors():
             record |= asked(args, benchmark, questions, everything)
-    if this_rank().is_first:
+    if ranks.is_first:
         print(json.dumps(record) if args.json else table(record))
 
 
@@ -475,29 +490,39 @@ def asked(args, benchmark: Benchmark, questions: list[Question], everything: lis
                                                   folder.glob("*.safetensors")),
              "shots": args.shots, "rices": args.rices}
     out = Path(args.out or f"out/eval/{args.benchmark}-{Path(about['model']).name}")
-    with input_errors():
+    if ranks.is_first:
         prepare(out, about)
-    document_of, form = prompt_maker(args, benchmark, model, tokenizer)
+    ranks.wait()
+    if args.shots >= 0 and args.benchmark in ("vqav2", "okvqa"):  # OpenFlamingo's own scorer
+        benchmark = dataclasses.replace(benchmark, score=partial(benchmark.score,
+                                                                 normalise="always"))
+    document_of, answer_of = prompt_maker(args, benchmark, model, tokenizer)
     record = about | {"commit": commit(), "prompt": shown(document_of(questions[0]))}
     for control in ("", *CONTROLS) if benchmark.controls and args.controls == "yes" else ("",):
         path = out / (f"answers-{control}.jsonl" if control else ANSWERS)
         some = questions
         if control:
             some = controlled(everything, control, model.config.vision.image_size)[: len(questions)]
-        collect(model, tokenizer, some, document_of, benchmark.longest, path, ranks, control)
+        collect(model, tokenizer, some, document_of, answer_of, benchmark.longest, path, ranks,
+                control)
         known = read_answers(path)
-        answers = {q.id: known[q.id] | {"answer": form(q, known[q.id]["answer"])} for q in some}
-        # OpenFlamingo's own scorer normalises always, which is what "clean" does to VQA.
-        clean = args.mode == "clean" or args.shots >= 0
-        result = scored(benchmark, some, answers, clean)
-        found = summary(result, some, answers, clean)
-        record |= {"controls": record.get("controls", {}) | {control: found}} if control else found
-        if ranks.is_first and not control:
-            write_predictions(out / "predictions.jsonl", some, answers, result)
+        answers = {q.id: known[q.id] for q in some}
+        result = scored(benchmark, some, answers, args.mode == "clean")
+        found = summary(result, some, answers, args.mode == "clean")
+        if control:
+            record["controls"] = record.get("controls", {}) | {control: found}
+        else:
+            record |= found
+            own = answers, result
     if ranks.is_first:
-        (out / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        keep(out, record, questions, *own)
     stop_group()
     return record
+
+
+def keep(out: Path, record: dict, questions: list[Question], answers: dict, found: Result) -> None:
+    (out / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_predictions(out / "predictions.jsonl", questions, answers, found)
 
 
 def prepare(out: Path, about: dict) -> None:
@@ -505,7 +530,10 @@ def prepare(out: Path, about: dict) -> None:
     run, whose answers would mix with ours."""
     settings = out / "settings.json"
     if settings.is_file():
-        before = json.loads(settings.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(settings.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{settings}: damaged; choose another --out") from None
         differing = [f"{name} was {before.get(name)!r}, is {value!r}"
                      for name, value in about.items() if before.get(name) != value]
         if differing:
@@ -565,7 +593,8 @@ def drawn(args) -> None:
         write_drawn(Path(args.out), str(args.model or BUILT_IN), report, kept)
     if args.json:
         return print(json.dumps({"benchmark": "drawn", "model": str(args.model or BUILT_IN),
-                                 "n": args.questions, "seed": args.seed, **report}))
+                                 "commit": commit(), "n": args.questions, "seed": args.seed,
+                                 **report}))
     print(exam.table(report))
     sys.stderr.write(f"{args.questions} questions of each kind, {time.time() - began:.0f} s\n")
 

@@ -27,6 +27,8 @@ WORST = 20  # mistakes that are shown
 BINS = 10  # of the answers' probabilities
 SIZE = 260  # of the calibration's plot, in pixels
 THUMBNAIL = 160
+NEEDED = ("benchmark", "commit", "mode", "main", "score", "scores", "interval", "n", "in_form",
+          "prompt")
 INSTRUCTIONS = (
     "Describe the picture in one sentence.", "What is in the picture? Answer in one word.",
     "Is there an animal in the picture? Answer yes or no.",
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--image", action="append", default=[], help="ask: a picture; may be given "
                         "several times")
     args = parser.parse_args()
-    if args.ask == bool(args.runs) or args.ask and not args.image:
+    if args.ask == bool(args.runs) or args.ask != bool(args.image):
         parser.error("give folders that eval.py has written, or --ask with --image FILE")
     out = Path(args.out)
     with input_errors():
@@ -66,7 +68,10 @@ def folder(out: Path) -> Path:
     if out.is_dir() and any(out.iterdir()) and not (out / "report.md").is_file() and not (
             out / "page.md").is_file():
         raise UserError(f"--out {out}: holds something else than a page; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
     return out
 
 
@@ -79,16 +84,22 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
         if not (run / name).is_file():
             raise ValueError(f"{run}: has no {name}; give a folder that eval.py has written to its "
                              f"end")
-    record = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    rows = (run / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-    return record, [json.loads(row) for row in rows if row]
+    try:
+        record = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        rows = (run / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+        return {name: record[name] for name in NEEDED} | record, [*map(json.loads, filter(None,
+                                                                                           rows))]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{run}: its result.json or predictions.jsonl is damaged; run eval.py "
+                         f"again") from None
 
 
 def compared(runs: list[Path], out: Path) -> Path:
     """One page over all of them."""
     found = [read_run(run) for run in runs]
     folder(out)
-    names = [run.name for run in runs]
+    names = [run.name if [other.name for other in runs].count(run.name) == 1
+             else f"{run.name}-{i + 1}" for i, run in enumerate(runs)]
     columns = ("score", "95 %", "questions", "in the form asked for", "grey picture",
                "another picture")
     lines = ["# " + ", ".join(names), "", f"| | {' | '.join(columns)} |",

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image as Image_
 
 import eval
+import report
 import world
 from benchmarks import BENCHMARKS, Question
 from eval import read_answers
@@ -283,6 +284,46 @@ def test_clean_chair_knows_a_bus_and_missing_captions_are_no_praise(tmp_path, cl
     (tmp_path / "answers.jsonl").write_text("")
     code, _, err = cli(eval, *command)
     assert code == 2 and "no captions" in err
+
+
+def test_what_is_saved_of_answers_with_examples_can_be_scored_again(tmp_path, monkeypatch, cli):
+    make("vqav2", tmp_path / "data")
+    monkeypatch.setattr(eval, "answer_all", lambda model, tokenizer, documents, longest: [
+        Answer("Cats. Question: what", -1.0)] * len(documents))
+    command = ["vqav2", "--data", tmp_path / "data", "--json"]
+    code, out, err = cli(eval, *command, "--shots", 2, "--out", tmp_path / "out")
+    assert code == 0 and json.loads(out)["score"] == 100, err
+    found = read_answers(tmp_path / "out" / "answers.jsonl")
+    assert {entry["answer"] for entry in found.values()} == {"Cats."}
+    again = cli(eval, *command, "--mode", "clean", "--score", tmp_path / "out" / "answers.jsonl")
+    assert json.loads(again[1])["score"] == 100
+
+
+def test_anybodys_answers_can_be_made_a_page_of(tmp_path, cli):
+    make("aokvqa", tmp_path / "data")
+    path = tmp_path / "data" / "aokvqa_v1p0_val.json"
+    rows = json.loads(path.read_text())
+    rows[3]["difficult_direct_answer"] = True
+    write(path, rows)
+    (tmp_path / "answers.jsonl").write_text('{"id": "q0", "answer": "cat"}\n')
+    code, _, err = cli(eval, "aokvqa", "--data", tmp_path / "data", "--out", tmp_path / "out",
+                       "--score", tmp_path / "answers.jsonl")
+    assert code == 0, err
+    kept = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").open()]
+    assert [row["id"] for row in kept] == ["q0", "q1", "q2"]  # the difficult one does not count
+    assert [row["credit"] for row in kept] == [1, 0, 0] and kept[0]["wanted"] == "cat"
+    code, _, err = cli(report, tmp_path / "out", "--out", tmp_path / "page")
+    assert code == 0, err
+
+
+def test_each_answer_is_held_to_the_form_of_its_own_question(tmp_path, cli):
+    pytest.importorskip("pyarrow")
+    make("mmmu", tmp_path)
+    (tmp_path / "answers.jsonl").write_text('{"id": "validation_Art_1", "answer": "It is B"}\n'
+                                            '{"id": "validation_Math_1", "answer": "two"}\n')
+    _, out, _ = cli(eval, "mmmu", "--data", tmp_path, "--json", "--score",
+                    tmp_path / "answers.jsonl")
+    assert json.loads(out)["in_form"] == 50
 
 
 IDLE = [("pope", "--rices"), ("pope", "--split", "val"), ("drawn", "--limit", 3),

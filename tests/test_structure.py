@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "scores": set(),
     "vqa": {"scores"},
     "captions": set(),
-    "benchmarks": {"formats", "records", "scores", "vqa", "captions"},
+    "benchmarks": {"boxes", "formats", "records", "scores", "vqa", "captions"},
     "exam": {"model", "generate", "tokenizer", "data", "scores", "world", "formats"},
     "eval": {"model", "weights", "tokenizer", "data", "scores", "vqa", "captions", "formats",
              "boxes", "benchmarks", "exam", "world", "parallel", "config"},
