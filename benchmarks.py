@@ -8,7 +8,6 @@ A prompt is the one that instruction-tuned models of the LLaVA family are asked 
 `few-shot` (eval.py --shots) a question goes by its bare words instead, as OpenFlamingo asks.
 """
 
-import ast
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import numpy as np
 import scores
 import vqa
 from boxes import pixel_box
-from captions import caption_scores, chair, cider_d, objects_shown, read_synonyms, tokenize
+from captions import caption_scores, chair, objects_shown, read_synonyms
 from formats import (
     FIND,
     IMAGE_SUFFIXES,
@@ -37,11 +36,13 @@ from formats import (
 from records import BadRecord
 from scores import Result, parse_all, result
 
+PLACE = "\ufffc"  # Unicode's mark for an object that is no text
+
 
 @dataclass(frozen=True)
 class Question:
-    """`text` asks about `pictures` (or their bytes), which stand where it says <image>, else in
-    front. `row` is what the scorer needs, named as published. `form`: what kind of answer is asked
+    """`text` asks about `pictures` (or their bytes), which stand where it has PLACE, else in front.
+    `row` is what the scorer needs, named as published. `form`: what kind of answer is asked
     for, one of scores.FORMS or "" (sentences). `bare`: the question alone, and a person's answer to
     it, for prompts with examples. `right`: what a reader of mistakes is shown, if not that."""
 
@@ -169,16 +170,21 @@ def read_mmmu(folder: Path, split: str) -> Iterator[Question]:
                          f"MMMU/MMMU")
     for path in files:
         for row in parquet.read_table(path).to_pylist():
-            choices = ast.literal_eval(row["options"]) if row["options"] else []
+            choices = vqa.literal(row["options"] or "[]")
+            if not isinstance(choices, list):
+                raise ValueError(f"{path}: the options of {row['id']} are no list")
             several = row["question_type"] == "multiple-choice"
             text = row["question"]
             if several:
                 text += "\n" + options(choices, "({}) ")
             text += "\n" + (LETTER if several else ONE_WORD)
-            shown = tuple(row[f"image_{number}"]["bytes"]
-                          for number in re.findall(r"<image ([1-7])>", text))
+            shown = []
+            for number in re.findall(r"<image ([1-7])>", text):
+                if not row[f"image_{number}"]:
+                    raise ValueError(f"{path}: {row['id']} has no image_{number}")
+                shown.append(row[f"image_{number}"]["bytes"])
             kept = {name: row[name] for name in ("question_type", "options", "answer")}
-            yield Question(row["id"], re.sub(r"<image [1-7]>", "<image>", text), shown, kept,
+            yield Question(row["id"], re.sub(r"<image [1-7]>", PLACE, text), tuple(shown), kept,
                            "letter" if several else "word", right=row["answer"])
 
 
@@ -295,14 +301,18 @@ def read_textvqa(folder: Path, split: str) -> Iterator[Question]:
 def read_gqa(folder: Path, split: str) -> Iterator[Question]:
     entries = load(folder, f"{split}_questions.json", source="cs.stanford.edu/people/dorarad/gqa")
     for number, entry in entries.items():
+        if not entry.get("isBalanced", True):  # such a one does not count
+            continue
         yield Question(number, f"{entry['question']}\n{ONE_WORD}",
                        (picture(folder, *gqa_picture(entry, "")),), entry, "word",
                        (entry["question"], entry["answer"]))
 
 
-def read_aokvqa(folder: Path, split: str) -> Iterator[Question]:
-    """Direct answers."""
+def read_aokvqa(folder: Path, split: str, direct: bool = True) -> Iterator[Question]:
+    """Direct answers, without the questions that do not count there."""
     for entry in load(folder, f"aokvqa_v1p0_{split}.json", source="allenai.org/project/a-okvqa"):
+        if direct and entry["difficult_direct_answer"]:
+            continue
         shown = picture(folder, *coco_2017(entry, ""))
         yield Question(entry["question_id"], f"{entry['question']}\n{ONE_WORD}", (shown,), entry,
                        "word", (entry["question"], entry["direct_answers"][0]))
@@ -310,7 +320,7 @@ def read_aokvqa(folder: Path, split: str) -> Iterator[Question]:
 
 def read_aokvqa_choices(folder: Path, split: str) -> Iterator[Question]:
     """The choices are given by letter; the text of the one that is named counts."""
-    for question in read_aokvqa(folder, split):
+    for question in read_aokvqa(folder, split, direct=False):
         choices, right = question.row["choices"], question.row["correct_choice_idx"]
         yield replace(question, text=f"{question.bare[0]}\n{options(choices)}\n{LETTER}",
                       form="letter", right=f"{vqa.LETTERS[right]}, {choices[right]}")
@@ -392,12 +402,11 @@ def score_captions(rows: dict, answers: dict, *, clean: bool = False, seed: int 
     if not written:
         raise ValueError("no captions")
     references = {key: rows[key]["references"] for key in written}
-    found = {name: 100 * value for name, value in caption_scores(references, written).items()}
+    found, each = caption_scores(references, written)
+    found = {name: 100 * value for name, value in found.items()}
     for domain in sorted({rows[key]["domain"] for key in written} - {""}):
         part = {key: text for key, text in written.items() if rows[key]["domain"] == domain}
-        found[f"CIDEr-D {domain}"] = 100 * caption_scores(references, part)["CIDEr-D"]
-    each = cider_d({key: [tokenize(text) for text in references[key]] for key in written},
-                   {key: tokenize(text) for key, text in written.items()})
+        found[f"CIDEr-D {domain}"] = 100 * caption_scores(references, part)[0]["CIDEr-D"]
     credit = {key: each.get(key, 0.0) / 10 for key in rows}
     return result(answers, parsed, credit, found, "CIDEr-D", seed=seed,
                   units=[100 * value for value in each.values()], statistic=np.mean)
@@ -453,7 +462,8 @@ def named(text: str, choices: list[str]) -> str:
 class Benchmark:
     """read(folder, split) -> questions; score(rows, answers, clean=, seed=) -> Result.
 
-    `longest`: of an answer, in tokens. `examples`: the split that --shots draws from. `controls`:
+    `ids`: those of its questions. `longest`: of an answer, in tokens, `brief` behind examples, as
+    OpenFlamingo has it. `examples`: the split that --shots draws from. `controls`:
     whether it is also asked without its pictures. `guesses`: whether the authors' program guesses
     where it finds no letter. `together`: questions that are scored as one."""
 
@@ -466,37 +476,42 @@ class Benchmark:
     controls: bool = False
     guesses: bool = False
     together: int = 1
+    ids: str = "question_id"
+    brief: int = 5
 
 
 VQA_FILES = "mscoco_{split}_annotations.json, OpenEnded_mscoco_{split}_questions.json, {split}/"
 BENCHMARKS = {
     "mme": Benchmark("a folder for each subtask (existence/, count/, ...) with NAME.txt, NAME.jpg",
-                     read_mme, scores.score_mme, controls=True, together=2),
+                     read_mme, scores.score_mme, controls=True, together=2,
+                     ids="count/NAME/0, count/NAME/1, ..."),
     "mmmu": Benchmark("{split}-*.parquet of all subjects, in any folders", read_mmmu,
-                      vqa.score_mmmu, "validation", controls=True, guesses=True),
+                      vqa.score_mmmu, "validation", controls=True, guesses=True, ids="id"),
     "scienceqa": Benchmark("problems.json, {split}/ID/image.png", read_scienceqa,
-                           vqa.score_scienceqa, "test", controls=True, guesses=True),
+                           vqa.score_scienceqa, "test", controls=True, guesses=True, ids="its key"),
     "pope": Benchmark("coco_pope_random.json, _popular, _adversarial, val2014/", read_pope,
-                      scores.score_pope, controls=True),
+                      scores.score_pope, controls=True, ids="random/1, popular/1, ..."),
     "chair": Benchmark("instances_{split}.json, captions_{split}.json, synonyms.txt, {split}/",
-                       read_chair, score_chair, "val2014", 512),
+                       read_chair, score_chair, "val2014", 512, ids="image id"),
     "vqav2": Benchmark("v2_" + VQA_FILES, read_vqa, score_vqa, "val2014", examples="train2014"),
     "okvqa": Benchmark(VQA_FILES, read_okvqa, partial(score_vqa, stemmed=True), "val2014",
                        examples="train2014"),
     "textvqa": Benchmark("TextVQA_0.5.1_{split}.json, train_images/", read_textvqa,
-                         partial(score_vqa, normalise="evalai"), "val", examples="train"),
+                         partial(score_vqa, normalise="evalai"), "val", examples="train",
+                         brief=10),
     "gqa": Benchmark("{split}_questions.json, images/", read_gqa, vqa.score_gqa,
-                     "testdev_balanced", examples="train_balanced"),
+                     "testdev_balanced", examples="train_balanced", ids="its key"),
     "aokvqa": Benchmark("aokvqa_v1p0_{split}.json, val2017/", read_aokvqa, score_aokvqa, "val",
                         examples="train"),
     "aokvqa-choices": Benchmark("aokvqa_v1p0_{split}.json, val2017/", read_aokvqa_choices,
                                 partial(score_aokvqa, direct=False), "val", controls=True),
     "coco": Benchmark("dataset_coco.json (Karpathy's), val2014/", read_karpathy, score_captions,
-                      "test", 64, "train"),
+                      "test", 64, "train", ids="cocoid", brief=20),
     "flickr30k": Benchmark("dataset_flickr30k.json (Karpathy's), flickr30k-images/",
-                           read_flickr30k, score_captions, "test", 64, "train"),
+                           read_flickr30k, score_captions, "test", 64, "train",
+                           ids="file name without .jpg", brief=20),
     "nocaps": Benchmark("nocaps_val_4500_captions.json, images/", read_nocaps, score_captions,
-                        longest=64),
+                        longest=64, ids="image id"),
     "refcoco": Benchmark("refs.json, instances.json, train2014/ (as well RefCOCO+ and RefCOCOg)",
-                         read_refcoco, scores.score_refcoco, "val", 48),
+                         read_refcoco, scores.score_refcoco, "val", 48, ids="sent_id"),
 }

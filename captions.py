@@ -79,8 +79,9 @@ def tokenize(caption: str) -> Words:
 
 
 def cut_caption(text: str) -> str:
-    """What OpenFlamingo keeps of a generated caption: up to the next "Output", without quotes."""
-    return text.split("Output")[0].replace('"', "").strip()
+    """What OpenFlamingo keeps of a generated caption: up to its end mark or the next "Output",
+    without quotes."""
+    return re.split(r"<\|endofchunk\|>|Output", text)[0].replace('"', "").strip()
 
 
 # --- BLEU, ROUGE-L, CIDEr-D -----------------------------------------------------------------------
@@ -180,8 +181,9 @@ def cider_d(references: dict[Image, list[Words]], candidates: dict[Image, Words]
 
 
 def caption_scores(references: dict[Image, list[str]], captions: dict[Image, str]
-                   ) -> dict[str, float]:
-    """Every metric of captions as they were written, {image: text} against {image: [text, ...]}.
+                   ) -> tuple[dict[str, float], dict[Image, float]]:
+    """Every metric of captions as they were written, {image: text} against {image: [text, ...]};
+    and CIDEr-D of each image.
 
     The images must be among those with references, ValueError otherwise, as in coco-caption.
     """
@@ -196,7 +198,7 @@ def caption_scores(references: dict[Image, list[str]], captions: dict[Image, str
     for name, metric in (("ROUGE-L", rouge_l), ("CIDEr-D", cider_d)):
         values = metric(known, words)
         scores[name] = sum(values.values()) / len(values)
-    return scores
+    return scores, values
 
 
 # --- CHAIR: objects in captions that are not in the picture (Rohrbach et al. 2018) ----------------

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import exam
 import world
-from benchmarks import BENCHMARKS, Benchmark, Picture, Question
+from benchmarks import BENCHMARKS, PLACE, Benchmark, Picture, Question
 from boxes import BOX, in_whole, middle_square
 from captions import cut_caption
 from config import Parser, UserError, commit, input_errors, pick_device, pick_dtype, run_main
@@ -59,13 +59,13 @@ LONGEST_PROMPT = 2000  # tokens; examples that do not fit are left out, the firs
 
 
 def prompt(question: Question, chat: str) -> Document:
-    """The question in a chat template, its pictures where it says <image>, else in front."""
+    """The question in a chat template, its pictures where it has PLACE, else in front."""
     pictures = [*map(found, question.pictures)]
-    if "<image>" not in question.text:
+    if PLACE not in question.text:
         return chat_document([(pictures, question.text, None)], chat)
     shown, document = iter(pictures), []
     for segment in chat_document([([], question.text, None)], chat):
-        first, *rest = segment.string.split("<image>") if not segment.special else [segment.string]
+        first, *rest = segment.string.split(PLACE)
         document += [dataclasses.replace(segment, string=first)] if first else []
         for text in rest:
             document.append(Image(next(shown)))
@@ -126,17 +126,19 @@ class Examples:
         if self.model:
             if self.features is None:
                 self.features = features(self.model, self.pool)
-            near = (features(self.model, [question]) @ self.features.T)[0].topk(n).indices
-            return [self.pool[i] for i in near.flip(0).tolist()]
-        return Random(f"42/{question.id}").sample(self.pool, n)
+            near = (features(self.model, [question]) @ self.features.T)[0].argsort(descending=True)
+            others = (self.pool[i] for i in near.tolist())
+            return [*islice((q for q in others if q.id != question.id), n)][::-1]
+        return Random(f"42/{question.id}").sample(
+            [q for q in self.pool if q.id != question.id], n)
 
 
 @torch.inference_mode()
 def features(model: VisionLanguageModel, questions: list[Question]) -> torch.Tensor:
     """What CLIP says of each question's first picture, (n, E) unit vectors."""
-    vectors, size = [], model.config.vision.image_size
+    vectors, v = [], model.config.vision
     for first in range(0, len(questions), BATCH):
-        batch = torch.stack([pixels(found(q.pictures[0]), size)
+        batch = torch.stack([pixels(found(q.pictures[0]), v.image_size, v.resize, v.rgb)
                              for q in questions[first : first + BATCH]])
         vectors.append(F.normalize(model.vision(batch.to(model.embed.device))[1].float(), dim=-1))
     return torch.cat(vectors)
@@ -207,7 +209,11 @@ def answered(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[D
              longest: int) -> list[Answer]:
     """answer_all; what has a picture that cannot be read, or is too long, is answered by nothing,
     and said."""
+    most = model.config.decoder.max_images
     try:
+        for document in documents if most else ():
+            if sum(isinstance(segment, Image) for segment in document) > most:
+                raise ValueError(f"more pictures than the {most} that this model tells apart")
         return answer_all(model, tokenizer, documents, longest)
     except ValueError as error:
         if len(documents) == 1:
@@ -366,7 +372,8 @@ def arguments():
     add("--score", default="", metavar="FILE", help="only score these answers, lines like "
         '{"id": "17", "answer": "yes"}')
     add("--split", default="", help="which part of it (default: the one that papers quote)")
-    add("--limit", type=int, default=0, help="only so many questions (0: all)")
+    add("--limit", type=int, default=0, help="only the first so many questions (0: all); the score "
+        "is then of this part")
     add("--shots", type=int, default=-1, help="ask as OpenFlamingo does, with so many examples "
         "(0: two without pictures)")
     add("--guess", action="store_true", help="MMMU, ScienceQA: where no letter is found take a "
@@ -419,6 +426,7 @@ def main() -> None:
     if args.list:
         return print("drawn\n    nothing; the drawn world's exam\nretrieval\n    as coco or "
                      "flickr30k\n" + "\n".join(f"{name}\n    " + b.needs.format(split=b.split)
+                                               + f"\n    ids: {b.ids}"
                                                for name, b in BENCHMARKS.items()))
     if args.benchmark == "drawn":
         return drawn(args)
@@ -447,6 +455,8 @@ def main() -> None:
     if args.score:
         with input_errors():
             answers = read_answers(Path(args.score))
+            if args.limit:
+                answers = {q.id: answers[q.id] for q in questions if q.id in answers}
             found = scored(benchmark, questions, answers, args.mode == "clean")
         record |= {"answers": args.score, "commit": commit(), "prompt": ""} | summary(
             found, questions, answers, args.mode == "clean")
@@ -489,7 +499,10 @@ def asked(args, benchmark: Benchmark, questions: list[Question], everything: lis
              "model": str(folder), "weights": sum(file.stat().st_mtime_ns for file in
                                                   folder.glob("*.safetensors")),
              "shots": args.shots, "rices": args.rices}
-    out = Path(args.out or f"out/eval/{args.benchmark}-{Path(about['model']).name}")
+    name = folder.parent.name if folder.name == "model" else folder.name
+    out = Path(args.out or f"out/eval/{args.benchmark}-{name}")
+    if out.resolve() == Path(args.data).resolve():
+        raise UserError(f"--out {out}: is the folder of the data; choose another")
     if ranks.is_first:
         prepare(out, about)
     ranks.wait()
@@ -503,8 +516,8 @@ def asked(args, benchmark: Benchmark, questions: list[Question], everything: lis
         some = questions
         if control:
             some = controlled(everything, control, model.config.vision.image_size)[: len(questions)]
-        collect(model, tokenizer, some, document_of, answer_of, benchmark.longest, path, ranks,
-                control)
+        longest = benchmark.longest if args.shots < 0 else benchmark.brief
+        collect(model, tokenizer, some, document_of, answer_of, longest, path, ranks, control)
         known = read_answers(path)
         answers = {q.id: known[q.id] for q in some}
         result = scored(benchmark, some, answers, args.mode == "clean")
@@ -569,7 +582,11 @@ def prompt_maker(args, benchmark: Benchmark, model: VisionLanguageModel, tokeniz
     examples = Examples(pool, args.shots, model if args.rices else None)
     if args.shots or args.rices:
         check_pictures(examples.pool)
-    room = min(LONGEST_PROMPT, model.config.decoder.max_seq_len - benchmark.longest)
+    d = model.config.decoder
+    room, most = min(LONGEST_PROMPT, d.max_seq_len - benchmark.brief), d.max_images or 10**6
+    if args.shots >= most:
+        raise UserError(f"--shots {args.shots}: this model tells {most} pictures apart, the "
+                        f"question's included")
 
     def document_of(question: Question) -> Document:
         chosen = examples(question)
@@ -577,6 +594,8 @@ def prompt_maker(args, benchmark: Benchmark, model: VisionLanguageModel, tokeniz
         while chosen and len(encode(document, tokenizer, end=False).ids) > room:
             chosen = chosen[1:]
             document = with_examples(question, chosen, args.shots > 0)
+        if len(chosen) < args.shots:
+            sys.stderr.write(f"{question.id}: room for {len(chosen)} examples\n")
         return document
 
     cut = cut_answer if pool[0].bare[0] else cut_caption
@@ -588,6 +607,10 @@ def drawn(args) -> None:
     with input_errors():
         model, tokenizer = load_model(args.model or BUILT_IN, pick_device(args.device))
     began, kept = time.time(), []
+    if args.out:
+        with input_errors():
+            prepare(Path(args.out), {"benchmark": "drawn", "model": str(args.model or BUILT_IN),
+                                     "questions": args.questions, "seed": args.seed})
     report = exam.drawn_exam(model, tokenizer, args.questions, seed=args.seed, keep=kept)
     if args.out:
         write_drawn(Path(args.out), str(args.model or BUILT_IN), report, kept)
@@ -601,10 +624,10 @@ def drawn(args) -> None:
 
 def write_drawn(out: Path, model: str, report: dict, kept: list[exam.Asked]) -> None:
     """The exam's files, shaped as those of a benchmark; pictures of the wrong answers alone."""
-    with input_errors():
-        prepare(out, {"benchmark": "drawn", "model": model})
     main = [float(a.right) for a in kept if a.kind in world.MAIN_KINDS]
-    blank = report["blank"]
+    others = {name: {"score": 100 * exam.main_accuracy(report[name]),
+                     "scores": {kind: 100 * value for kind, value in report[name].items()}}
+              for name in ("blank", "new")}
     record = {
         "benchmark": "drawn", "model": model, "commit": commit(), "mode": "official",
         "prompt": kept[0].question, "main": "mean of the main kinds", "n": len(kept), "missing": 0,
@@ -612,8 +635,7 @@ def write_drawn(out: Path, model: str, report: dict, kept: list[exam.Asked]) -> 
         "score": 100 * exam.main_accuracy(report["test"]),
         "interval": [100 * side for side in bootstrap(main)],
         "scores": {kind: 100 * value for kind, value in report["test"].items()},
-        "controls": {"blank": {"score": 100 * exam.main_accuracy(blank),
-                               "scores": {kind: 100 * value for kind, value in blank.items()}}}}
+        "controls": others}
     (out / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
         for i, a in enumerate(kept):

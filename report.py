@@ -27,6 +27,7 @@ WORST = 20  # mistakes that are shown
 BINS = 10  # of the answers' probabilities
 SIZE = 260  # of the calibration's plot, in pixels
 THUMBNAIL = 160
+NAMES = {"blank": "grey picture", "shuffled": "another picture", "new": "new combinations"}
 NEEDED = ("benchmark", "commit", "mode", "main", "score", "scores", "interval", "n", "in_form",
           "prompt")
 INSTRUCTIONS = (
@@ -122,8 +123,15 @@ def compared(runs: list[Path], out: Path) -> Path:
 
 
 def scores_table(record: dict) -> list[str]:
-    return ["| score | |", "| --- | ---: |",
-            *(f"| {name} | {value:.2f} |" for name, value in record["scores"].items()), ""]
+    others = record.get("controls", {})
+    titles = [NAMES.get(name, name) for name in others]
+    lines = [f"| {' | '.join(['score', '', *titles])} |",
+             "| --- |" + " ---: |" * (1 + len(others))]
+    for name, value in record["scores"].items():
+        cells = [f"{value:.2f}", *(f"{other['scores'][name]:.2f}" if name in other["scores"] else ""
+                                   for other in others.values())]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def confusion(rows: list[dict]) -> list[str]:

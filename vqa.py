@@ -12,6 +12,7 @@ under the same one. Functions and results are shaped as in scores.py.
 """
 
 import ast
+import contextlib
 import random
 import re
 from collections import Counter
@@ -141,7 +142,10 @@ def mmmu_open_right(gold: str | list[str], pieces: list[str | float]) -> bool:
 
 def literal(text: str | list) -> str | list:
     """A list that is written as a string, as in the parquet files; other strings stay."""
-    return ast.literal_eval(text) if isinstance(text, str) and text.startswith("[") else text
+    if isinstance(text, str) and text.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):  # an interval such as "[1,2)"
+            return ast.literal_eval(text)
+    return text
 
 
 def score_mmmu(questions: dict[str, dict], answers: dict[str, str], *, clean: bool = False,
@@ -338,12 +342,12 @@ def stem_table(rows: Iterable[dict]) -> dict[str, str]:
 
 
 def cut_answer(text: str) -> str:
-    """What OpenFlamingo keeps of a generated answer: up to the next question, or ", ".
+    """What OpenFlamingo keeps of an answer: up to its end mark, the next question, or ", ".
 
-    >>> cut_answer("red, white and blue Question: what")
-    'red'
+    >>> cut_answer("red, white and blue Question: what"), cut_answer("red<|endofchunk|> Who?")
+    ('red', 'red')
     """
-    return re.split("Question|Answer|Short", text)[0].split(", ")[0].strip()
+    return re.split(r"<\|endofchunk\|>|Question|Answer|Short", text)[0].split(", ")[0].strip()
 
 
 # --- GQA (eval.py after llava/scripts/convert_gqa_for_eval.py), A-OKVQA (eval_predictions.py) -----

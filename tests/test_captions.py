@@ -119,7 +119,7 @@ def test_the_worked_example_of_the_caption_metrics():
     assert [*cider_d(*data).values()] == pytest.approx([5.838804, 1.391837, 3.109566], abs=1e-6)
     assert bleu(*data) == pytest.approx([0.882353, 0.793884, 0.737462, 0.669187], abs=1e-6)
     assert [*rouge_l(*data).values()] == pytest.approx([1, 0.5, 0.894428], abs=1e-6)
-    got = caption_scores(REFERENCES, CAPTIONS)
+    got, _ = caption_scores(REFERENCES, CAPTIONS)
     assert got == pytest.approx({
         "BLEU-1": 0.882353, "BLEU-2": 0.793884, "BLEU-3": 0.737462, "BLEU-4": 0.669187,
         "ROUGE-L": 0.798143, "CIDEr-D": 3.446736}, abs=1e-6)
