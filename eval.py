@@ -8,7 +8,8 @@
     torchrun --nproc_per_node=8 eval.py ...                    # the same, split over eight GPUs
 
 Two halves. `collect` lets the model answer, BATCH questions side by side, and appends every answer
-to a file at once: a run that was killed goes on where it was. `result` scores such a file.
+to a file at once: a run that was killed goes on where it was. `scored` is what such answers are
+worth.
 
 Questions of yes or no and of several choices are asked twice more, with a grey picture and with
 another question's: what a model still gets right then it has from the words, not from looking.
@@ -301,6 +302,7 @@ def summary(scored: Result, questions: list[Question], answers: dict[str, dict],
         "score": scored.scores[scored.main], "interval": scored.interval, "scores": scored.scores,
         "n": scored.n, "missing": len(scored.missing), "unparsed": scored.unparsed,
         "undefined": scored.undefined,
+        "not_asked": sum(entry.get("logprob", 0) is None for entry in answers.values()),
         "in_form": sum(in_form([text], form) for text, form in said) / len(said) if said else None}
 
 
@@ -328,6 +330,7 @@ def table(record: dict) -> str:
     lines = [f"{record['benchmark']}, {record['mode']}: **{record['main']} {record['score']:.2f}** "
              f"({low:.2f} to {high:.2f}), {record['n']} questions, {record['missing']} without an "
              f"answer, {record['unparsed']} not understood"
+             + (f", {record['not_asked']} not asked" if record["not_asked"] else "")
              + (f", {record['in_form']:.1f} % in the form asked for"
                 if record["in_form"] is not None else ""),
              "", "| score | |" + "".join(f" {name} |" for name in record.get("controls", {})),

@@ -248,6 +248,7 @@ def test_a_picture_that_cannot_be_read_costs_its_own_answer_alone(tmp_path, cli)
     code, out, err = cli(eval, "gqa", "--data", tmp_path / "data", "--out", tmp_path / "out",
                          "--json")
     assert code == 0 and "not asked: " in err and "n2.jpg" in err
+    assert json.loads(out)["not_asked"] == 1
     found = read_answers(tmp_path / "out" / "answers.jsonl")
     assert [entry["logprob"] is None for entry in found.values()] == [False, False, True, False]
 
