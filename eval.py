@@ -40,7 +40,7 @@ from captions import cut_caption
 from config import Parser, UserError, commit, input_errors, pick_device, pick_dtype, run_main
 from data import encode, pixels, prompts
 from exam import Answer, answer_all
-from formats import Document, Image, Ret, Text, chat_document
+from formats import Document, Image, Ret, Text, asking
 from model import VisionLanguageModel
 from parallel import Ranks, start_group, stop_group, this_rank
 from scores import Result, bootstrap, by_id, in_form, retrieval
@@ -57,21 +57,6 @@ LONGEST_PROMPT = 2000  # tokens; examples that do not fit are left out, the firs
 
 
 # ------------------------------------------------------------------------------------ prompts
-
-
-def prompt(question: Question, chat: str) -> Document:
-    """The question in a chat template, its pictures where it has PLACE, else in front."""
-    pictures = [*map(found, question.pictures)]
-    if PLACE not in question.text:
-        return chat_document([(pictures, question.text, None)], chat)
-    shown, document = iter(pictures), []
-    for segment in chat_document([([], question.text, None)], chat):
-        first, *rest = segment.string.split(PLACE)
-        document += [dataclasses.replace(segment, string=first)] if first else []
-        for text in rest:
-            document.append(Image(next(shown)))
-            document += [Text(text)] if text else []
-    return document
 
 
 def with_examples(question: Question, examples: list[Question], show: bool) -> Document:
@@ -578,7 +563,10 @@ def prompt_maker(args, benchmark: Benchmark, model: VisionLanguageModel, tokeniz
             frame = middle_square(question.row["size"], vision.image_size)
             return BOX.sub(partial(in_whole, frame=frame), said.strip())
 
-        return lambda question: prompt(question, tokenizer.chat), form
+        def document_of(question: Question) -> Document:
+            return asking([*map(found, question.pictures)], question.text, tokenizer.chat, PLACE)
+
+        return document_of, form
     pool = read(benchmark, args.data, benchmark.examples)
     if len(pool) < max(args.shots, 2):
         raise UserError(f"--shots {args.shots}: {args.data} has {len(pool)} training samples")

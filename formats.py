@@ -87,6 +87,22 @@ def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "
     return document
 
 
+def asking(pictures: list, question: str, chat: str, mark: str) -> Document:
+    """A question to be answered now: pictures stand where it has the mark, else in front.
+
+    ValueError if it has other than as many marks as there are pictures, and more than none.
+    """
+    if (n := question.count(mark)) not in (0, len(pictures)):
+        raise ValueError(f"the question has {n} marks for pictures, but {len(pictures)} are given")
+    shown, document = iter(pictures if n else ()), []
+    for segment in chat_document([([] if n else pictures, question, None)], chat):
+        parts = segment.string.split(mark) if isinstance(segment, Text) else [segment]
+        for i, part in enumerate(parts):
+            document += [Image(next(shown))] if i else []
+            document += [replace(segment, string=part) if isinstance(part, str) else part]
+    return [s for s in document if not isinstance(s, Text) or s.string]
+
+
 def without_last(document: Document) -> Document:
     """A document without the last thing in it that is learned, and what stands around that.
 

@@ -93,7 +93,7 @@ def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int = 
                           pictures, cache)[last.to(device)]  # (B, C)
     sees = [(int(seen.start[row]), int(seen.end[row])) for row in last.tolist()]
     live = list(range(len(last)))
-    for _ in range(max_new_tokens):
+    for n_written in range(1, max_new_tokens + 1):
         logits = model.logits(hidden)  # (B, V)
         logits[:, list(forbidden)] = float("-inf")
         tokens = choose(logits, temperature, top_k, top_p, generator)
@@ -104,7 +104,7 @@ def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int = 
             if token not in stop and lengths[document] + 1 < longest:
                 going.append(row)
         live = [live[row] for row in going]
-        if not live:
+        if not live or n_written == max_new_tokens:
             return
         places = [lengths[document] for document in live]
         for document in live:

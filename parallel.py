@@ -469,7 +469,7 @@ def train_step(model, optimizer, batches: list, *, contrastive_weight: float, gr
             p.grad = torch.zeros_like(p)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
     *means, norm = torch.cat([means, norm[None]]).tolist()  # the one time a step waits for a GPU
-    if not counts[1]:
+    if not (counts[1] and model.config.contrastive_dim):
         means[1:] = None, None
     if math.isfinite(norm):
         optimizer.step()

@@ -2,6 +2,7 @@
 
     python sample.py --image cat.jpg --prompt "What is in the picture?"
     python sample.py --image a.jpg --image b.jpg --prompt "Which picture has more cats?"
+    python sample.py --image a.jpg --image b.jpg --prompt "<image> How does it differ from <image>?"
     python sample.py --model out/tiny/model --image cat.jpg        # without a prompt: a caption
 
 The answer appears word by word as it is made.
@@ -14,7 +15,7 @@ import time
 
 from config import Parser, UserError, input_errors, pick_device, run_main
 from data import prompts
-from formats import chat_document
+from formats import asking
 from generate import generate
 from tokenizer import StreamDecoder
 from vision import open_image
@@ -25,7 +26,8 @@ def arguments():
     parser = Parser(prog="sample.py", description="Ask a model about a picture.")
     add = parser.add_argument
     add("--image", action="append", default=[], help="a picture; several are shown in order")
-    add("--prompt", help="the question (default: what is in the picture)")
+    add("--prompt", help="the question; pictures stand where it says <image>, else in front "
+        "(default: what is in the picture)")
     add("--model", default="", help="model folder (default: the small one that ships here)")
     add("--device", default="cpu", choices=["auto", "cpu", "cuda", "mps"],
         help="where to compute (default: cpu)")
@@ -63,7 +65,8 @@ def main() -> None:
         raise UserError(f"{len(pictures)} pictures, but this model tells at most {most} apart")
     # A terminal's bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes.
     prompt = (args.prompt or "What is in the picture?").encode("utf-8", "replace").decode("utf-8")
-    document = chat_document([(pictures, prompt, None)], tokenizer.chat)
+    with input_errors():
+        document = asking(pictures, prompt, tokenizer.chat, "<image>")
     batch = prompts([document], tokenizer, model.config, model.embed.device)
     began, stream, words, ids = time.perf_counter(), StreamDecoder(tokenizer), "", []
     with input_errors():

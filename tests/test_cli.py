@@ -69,6 +69,7 @@ BAD = [
     (sample, ["--image", CAT, "--promt", "What?"], "--promt"),
     (sample, ["--image", CAT, "--prompt", "What? " * 2000], "shorten it"),
     (sample, [*["--image", CAT] * 9, "--prompt", "What?"], "at most 8"),
+    (sample, ["--image", CAT, "--prompt", "<image> or <image>?"], "2 marks for pictures, but 1"),
     (train, ["--data", "nowhere"], "nowhere: no such folder"),
     (train, ["--data", "empty"], "name.jpg + name.txt"),
     (train, ["--data", "lonely"], "write it into a.txt"),

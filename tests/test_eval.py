@@ -21,7 +21,7 @@ import world
 from benchmarks import BENCHMARKS, PLACE, Question
 from eval import read_answers
 from exam import Answer
-from formats import Image, Text
+from formats import Image, Text, asking
 from tests.folders import MAKERS, make, scene_picture, write
 
 ROOT = Path(__file__).parent.parent
@@ -86,8 +86,7 @@ def test_a_prompt_with_examples_is_openflamingos_to_the_letter():
 
 
 def test_pictures_stand_where_the_question_says():
-    question = Question("1", f"Who painted {PLACE}, and {PLACE}?", (b"a", b"b"), {})
-    document = eval.prompt(question, "nanovilla")
+    document = asking([b"a", b"b"], f"Who painted {PLACE}, and {PLACE}?", "nanovilla", PLACE)
     assert [s.reference for s in document if isinstance(s, Image)] == [b"a", b"b"]
     words = [s.string for s in document if isinstance(s, Text) and not s.special]
     assert words[:3] == ["User: Who painted ", ", and ", "?"]

@@ -354,6 +354,14 @@ def write(model, prompts: list[Encoded], **options) -> list[list[int]]:
     return written
 
 
+def test_three_words_take_three_passes_however_long_the_prompts_are(build, monkeypatch):
+    model, passes = deepcopy(build("all")), []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda *args: passes.append(1) or decode(*args))
+    written = write(model, documents(MIXED), max_new_tokens=3)
+    assert {len(words) for words in written} == {3} and len(passes) == 3
+
+
 @EVERY_MODEL
 @FEW
 @given(PATTERNS, st.integers(0, 99), st.sampled_from([0.0, 1.0]))
