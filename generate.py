@@ -67,13 +67,17 @@ class Step(NamedTuple):
 @torch.inference_mode()
 def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int = 128,
              temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-             stop: tuple[int, ...] = (), forbidden: tuple[int, ...] = ()) -> Iterator[Step]:
+             stop: tuple[int, ...] = (), forbidden: tuple[int, ...] = (), min_new_tokens: int = 0,
+             repetition_penalty: float = 1.0) -> Iterator[Step]:
     """Continue every document of a batch, yielding each token as it is made.
 
     temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing. A document ends with
     a token of `stop` (which is yielded), after max_new_tokens, or at the model's max_seq_len.
-    `forbidden` tokens are never written. Prompts of any lengths run together without padding, and
-    a document's words do not depend on its neighbours unless they are sampled (temperature > 0).
+    `forbidden` tokens are never written, those of `stop` not before min_new_tokens others. A
+    repetition_penalty above 1 makes tokens less likely that a document's answer already has: their
+    logits are divided by it, or multiplied below 0 (Keskar et al. 2019, section 4.1). Prompts of
+    any lengths run together without padding, and a document's words do not depend on its neighbours
+    unless they are sampled (temperature > 0).
     """
     device = model.embed.device
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -92,14 +96,21 @@ def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int = 
     hidden = model.decode(batch.tokens, batch.positions, cache.span(slot, positions), seen,
                           pictures, cache)[last.to(device)]  # (B, C)
     sees = [(int(seen.start[row]), int(seen.end[row])) for row in last.tolist()]
-    live = list(range(len(last)))
+    live, written = list(range(len(last))), [set() for _ in last]
     for n_written in range(1, max_new_tokens + 1):
         logits = model.logits(hidden)  # (B, V)
         logits[:, list(forbidden)] = float("-inf")
+        if n_written <= min_new_tokens:
+            logits[:, list(stop)] = float("-inf")
+        if repetition_penalty != 1:
+            for row, document in enumerate(live):
+                ids = list(written[document])
+                logits[row, ids] = penalised(logits[row, ids], repetition_penalty)
         tokens = choose(logits, temperature, top_k, top_p, generator)
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
         going = []
         for row, (document, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
+            written[document].add(token)
             yield Step(document, token, logprobs[row], hidden[row])
             if token not in stop and lengths[document] + 1 < longest:
                 going.append(row)
@@ -118,6 +129,14 @@ def span_of(start: Tensor, end: Tensor, device: torch.device) -> Span:
     """Intervals known on the CPU -> the same on the device, with their hints."""
     hints = attention_hints(start.numpy(), end.numpy())
     return Span(start.int().to(device), end.int().to(device), hints.to(device))
+
+
+def penalised(logits: Tensor, penalty: float) -> Tensor:
+    """
+    >>> penalised(torch.tensor([3.0, -3.0]), 1.5).tolist()
+    [2.0, -4.5]
+    """
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float,

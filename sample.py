@@ -36,6 +36,11 @@ def arguments():
     add("--top-p", type=float, default=1.0, help="draw among the likeliest that make up this much")
     add("--seed", type=int, default=0, help="fixes the draws")
     add("--max-new-tokens", type=int, default=128, help="longest answer")
+    add("--min-new-tokens", type=int, default=0, help="shortest answer")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: words of the answer become "
+        "less likely to come again")
+    add("--stop", action="append", default=[], metavar="TEXT", help="the answer ends before this; "
+        "may be given several times")
     add("--json", action="store_true", help="print one JSON object instead of words")
     args = parser.parse_args()
     if args.prompt is not None and not args.prompt.strip():
@@ -50,6 +55,10 @@ def arguments():
         parser.error("--top-k must be 0 or more, and --top-p above 0 and at most 1")
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    if not 0 <= args.min_new_tokens <= args.max_new_tokens:
+        parser.error("--min-new-tokens must be at least 0, and not above --max-new-tokens")
+    if not 0 < args.repetition_penalty < math.inf or not all(args.stop):
+        parser.error("--repetition-penalty must be above 0 and finite, --stop not empty")
     return args
 
 
@@ -68,29 +77,49 @@ def main() -> None:
     with input_errors():
         document = asking(pictures, prompt, tokenizer.chat, "<image>")
     batch = prompts([document], tokenizer, model.config, model.embed.device)
-    began, stream, words, ids = time.perf_counter(), StreamDecoder(tokenizer), "", []
+    began, stream, first = time.perf_counter(), StreamDecoder(tokenizer), 0.0
+    words, shown, ids, logprobs = "", 0, [], []
     with input_errors():
         for step in generate(
-            model, batch, max_new_tokens=args.max_new_tokens,
+            model, batch, max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
             stop=tokenizer.stop_ids, forbidden=tokenizer.picture_ids,
+            repetition_penalty=args.repetition_penalty,
         ):
-            if not ids and not args.model:
-                sys.stderr.write("This small built-in model knows drawn scenes only; "
-                                 "for photographs give --model FOLDER.\n")
+            if not ids:
+                first = time.perf_counter() - began
+                if not args.model:
+                    sys.stderr.write("This small built-in model knows drawn scenes only; "
+                                     "for photographs give --model FOLDER.\n")
             ids.append(step.token)
+            logprobs.append(step.logprob)
             if step.token in tokenizer.stop_ids:
                 break
-            new = stream.push(step.token)
-            words += new
-            if not args.json:
-                print(printable(new), end="", flush=True)
-    rest = stream.flush()
+            words += stream.push(step.token)
+            if ended(words, args.stop) < len(words):
+                break
+            if not args.json:  # all that no stop text can begin in
+                safe = max(len(words) - max(map(len, args.stop), default=1) + 1, shown)
+                print(printable(words[shown:safe]), end="", flush=True)
+                shown = safe
+    words += stream.flush()
+    words = words[: ended(words, args.stop)]
     if args.json:
-        print(json.dumps({"prompt": prompt, "images": args.image, "answer": words + rest,
-                          "tokens": ids, "seconds": time.perf_counter() - began}))
+        seconds = time.perf_counter() - began
+        print(json.dumps({"prompt": prompt, "images": args.image, "answer": words, "tokens": ids,
+                          "logprobs": logprobs, "seconds": seconds, "first_token_seconds": first,
+                          "tokens_per_second": len(ids) / seconds}))
     else:
-        print(printable(rest))
+        print(printable(words[shown:]))
+
+
+def ended(words: str, stops: list[str]) -> int:
+    """Where an answer ends: at the first of these texts, else behind its last character.
+
+    >>> ended("a cat. User: and", ["User:", "."]), ended("a cat", ["."])
+    (5, 5)
+    """
+    return min([words.find(stop) for stop in stops if stop in words], default=len(words))
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,7 @@
 pytest tests/test_cli.py
 """
 
+import doctest
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 
 import bench
 import eval
+import generate
 import sample
 import train
 
@@ -70,6 +72,9 @@ BAD = [
     (sample, ["--image", CAT, "--prompt", "What? " * 2000], "shorten it"),
     (sample, [*["--image", CAT] * 9, "--prompt", "What?"], "at most 8"),
     (sample, ["--image", CAT, "--prompt", "<image> or <image>?"], "2 marks for pictures, but 1"),
+    (sample, ["--image", CAT, "--min-new-tokens", "200"], "--min-new-tokens"),
+    (sample, ["--image", CAT, "--repetition-penalty", "0"], "--repetition-penalty"),
+    (sample, ["--image", CAT, "--stop", ""], "--stop"),
     (train, ["--data", "nowhere"], "nowhere: no such folder"),
     (train, ["--data", "empty"], "name.jpg + name.txt"),
     (train, ["--data", "lonely"], "write it into a.txt"),
@@ -164,10 +169,40 @@ def test_json_is_the_only_thing_on_stdout(place, cli):
     assert code == 0 and answer["answer"] and answer["images"] == [CAT] and answer["tokens"]
 
 
+def test_json_says_how_likely_and_how_fast_each_word_was(cli):
+    _, out, _ = cli(sample, "--image", CAT, "--prompt", "What is in the picture?", "--json")
+    answer = json.loads(out)
+    assert len(answer["logprobs"]) == len(answer["tokens"]) and max(answer["logprobs"]) <= 0
+    assert 0 < answer["first_token_seconds"] <= answer["seconds"]
+    assert answer["tokens_per_second"] == pytest.approx(len(answer["tokens"]) / answer["seconds"])
+
+
+@pytest.mark.parametrize("stop", ["cat", " at the", "p", "nothing of the kind"])
+def test_an_answer_ends_before_a_stop_text_on_the_terminal_as_in_json(stop, cli):
+    asked = ["--image", CAT, "--prompt", "What is in the picture?"]
+    whole = json.loads(cli(sample, *asked, "--json")[1])["answer"]
+    cut = json.loads(cli(sample, *asked, "--json", "--stop", stop)[1])["answer"]
+    assert cut == whole.split(stop)[0]
+    assert cli(sample, *asked, "--stop", stop, "--stop", "x" * 30)[1] == cut + "\n"
+
+
+def test_an_answer_is_as_long_as_asked_for_and_can_be_kept_from_repeating(cli):
+    asked = ["--image", CAT, "--prompt", "What is in the picture?", "--json"]
+    longer = json.loads(cli(sample, *asked, "--min-new-tokens", 40, "--max-new-tokens", 40)[1])
+    other = json.loads(cli(sample, *asked, "--min-new-tokens", 40, "--max-new-tokens", 40,
+                           "--repetition-penalty", 1e6)[1])
+    assert len(longer["tokens"]) == 40
+    assert len({*other["tokens"]}) == 40 > len({*longer["tokens"]})
+
+
 def test_the_same_seed_draws_the_same_words(cli):
     asked = ["--image", CAT, "--temperature", "1.5", "--max-new-tokens", "40"]
     one, two, other = (cli(sample, *asked, "--seed", seed)[1] for seed in (1, 1, 2))
     assert one == two != other
+
+
+def test_examples_in_docstrings_hold():
+    assert doctest.testmod(sample).failed == doctest.testmod(generate).failed == 0
 
 
 def test_an_answer_cannot_steer_the_terminal():
