@@ -4,6 +4,7 @@
     python sample.py --image a.jpg --image b.jpg --prompt "Which picture has more cats?"
     python sample.py --image a.jpg --image b.jpg --prompt "<image> How does it differ from <image>?"
     python sample.py --model out/tiny/model --image cat.jpg        # without a prompt: a caption
+    python sample.py --image cat.jpg --prompts questions.txt       # an answer a line
 
 The answer appears word by word as it is made.
 """
@@ -12,14 +13,18 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
 
 from config import Parser, UserError, input_errors, pick_device, run_main
 from data import prompts
 from formats import asking
 from generate import generate
-from tokenizer import StreamDecoder
+from model import VisionLanguageModel
+from tokenizer import StreamDecoder, Tokenizer
 from vision import open_image
 from weights import BUILT_IN, load_model
+
+BATCH = 16  # prompts of a file answered side by side
 
 
 def arguments():
@@ -28,6 +33,8 @@ def arguments():
     add("--image", action="append", default=[], help="a picture; several are shown in order")
     add("--prompt", help="the question; pictures stand where it says <image>, else in front "
         "(default: what is in the picture)")
+    add("--prompts", metavar="FILE", help="ask each line of it (-: of what comes in), all side by "
+        "side; an answer a line")
     add("--model", default="", help="model folder (default: the small one that ships here)")
     add("--device", default="cpu", choices=["auto", "cpu", "cuda", "mps"],
         help="where to compute (default: cpu)")
@@ -45,8 +52,10 @@ def arguments():
     args = parser.parse_args()
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty: ask something, or leave it out for a caption")
-    if not args.image and args.prompt is None:
+    if not args.image and args.prompt is None and not args.prompts:
         parser.error("nothing to do: give --image FILE, --prompt TEXT or both")
+    if args.prompt is not None and args.prompts:
+        parser.error("--prompt and --prompts: give one of them")
     if args.temperature < 0 or not math.isfinite(args.temperature):
         parser.error(f"--temperature must be 0 or more, and finite, got {args.temperature}")
     if not 0 <= args.seed < 2**31:
@@ -72,6 +81,14 @@ def main() -> None:
     most = model.config.decoder.max_images
     if most and len(pictures) > most:
         raise UserError(f"{len(pictures)} pictures, but this model tells at most {most} apart")
+    options = dict(
+        max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+        stop=tokenizer.stop_ids, forbidden=tokenizer.picture_ids,
+        repetition_penalty=args.repetition_penalty)
+    if args.prompts:
+        with input_errors():
+            return answer_lines(args, pictures, model, tokenizer, options)
     # A terminal's bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes.
     prompt = (args.prompt or "What is in the picture?").encode("utf-8", "replace").decode("utf-8")
     with input_errors():
@@ -80,12 +97,7 @@ def main() -> None:
     began, stream, first = time.perf_counter(), StreamDecoder(tokenizer), 0.0
     words, shown, ids, logprobs = "", 0, [], []
     with input_errors():
-        for step in generate(
-            model, batch, max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-            stop=tokenizer.stop_ids, forbidden=tokenizer.picture_ids,
-            repetition_penalty=args.repetition_penalty,
-        ):
+        for step in generate(model, batch, **options):
             if not ids:
                 first = time.perf_counter() - began
                 if not args.model:
@@ -111,6 +123,41 @@ def main() -> None:
                           "tokens_per_second": len(ids) / seconds}))
     else:
         print(printable(words[shown:]))
+
+
+def answer_lines(args, pictures: list, model: VisionLanguageModel, tokenizer: Tokenizer,
+                 options: dict) -> None:
+    """Answer every line of --prompts, BATCH of them at a time."""
+    asked = lines_of(args.prompts)
+    answers = []
+    for first in range(0, len(asked), BATCH):
+        documents = [asking(pictures, line, tokenizer.chat, "<image>")
+                     for line in asked[first : first + BATCH]]
+        ids: list[list[int]] = [[] for _ in documents]
+        batch = prompts(documents, tokenizer, model.config, model.embed.device)
+        for step in generate(model, batch, **options):
+            ids[step.document].append(step.token)
+        for tokens in ids:
+            words = tokenizer.decode(t for t in tokens if t not in tokenizer.stop_ids)
+            answers.append(" ".join(words[: ended(words, args.stop)].split()))
+            if not args.json:
+                print(printable(answers[-1]), flush=True)
+    if args.json:
+        print(json.dumps({"images": args.image, "answers": [
+            {"prompt": line, "answer": answer}
+            for line, answer in zip(asked, answers, strict=True)]}))
+
+
+def lines_of(name: str) -> list[str]:
+    """The lines of a file, or of standard input, that have words. ValueError if there are none."""
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--prompts {name}: cannot be read: {error.strerror}") from None
+    lines = content.decode("utf-8-sig", errors="replace").split("\n")
+    if not any(map(str.strip, lines)):
+        raise ValueError(f"--prompts {name}: has no line with a question")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def ended(words: str, stops: list[str]) -> int:

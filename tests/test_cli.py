@@ -4,6 +4,7 @@ pytest tests/test_cli.py
 """
 
 import doctest
+import io
 import json
 import re
 import subprocess
@@ -75,6 +76,9 @@ BAD = [
     (sample, ["--image", CAT, "--min-new-tokens", "200"], "--min-new-tokens"),
     (sample, ["--image", CAT, "--repetition-penalty", "0"], "--repetition-penalty"),
     (sample, ["--image", CAT, "--stop", ""], "--stop"),
+    (sample, ["--image", CAT, "--prompts", "none.txt"], "none.txt: cannot be read"),
+    (sample, ["--image", CAT, "--prompts", "empty.jpg"], "no line with a question"),
+    (sample, ["--image", CAT, "--prompts", "notes.txt", "--prompt", "What?"], "one of them"),
     (train, ["--data", "nowhere"], "nowhere: no such folder"),
     (train, ["--data", "empty"], "name.jpg + name.txt"),
     (train, ["--data", "lonely"], "write it into a.txt"),
@@ -193,6 +197,17 @@ def test_an_answer_is_as_long_as_asked_for_and_can_be_kept_from_repeating(cli):
                            "--repetition-penalty", 1e6)[1])
     assert len(longer["tokens"]) == 40
     assert len({*other["tokens"]}) == 40 > len({*longer["tokens"]})
+
+
+def test_prompts_of_a_file_are_answered_as_one_by_one(cli, tmp_path, monkeypatch):
+    asked = ["What is in the picture?", "What colour is the cat?", "<image> Where is the cat?"]
+    (tmp_path / "asked.txt").write_text("\ufeff" + "\n\n".join(asked * 6), encoding="utf-8")
+    code, out, err = cli(sample, "--image", CAT, "--prompts", tmp_path / "asked.txt")
+    alone = [cli(sample, "--image", CAT, "--prompt", one)[1] for one in asked]
+    assert code == 0 and out.splitlines(keepends=True) == alone * 6, err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(asked[1].encode())))
+    code, out, _ = cli(sample, "--image", CAT, "--prompts", "-", "--json")
+    assert json.loads(out)["answers"] == [{"prompt": asked[1], "answer": alone[1].strip()}]
 
 
 def test_the_same_seed_draws_the_same_words(cli):
