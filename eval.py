@@ -7,9 +7,8 @@
     python eval.py drawn --model out/tiny/model                # the drawn world's own exam
     torchrun --nproc_per_node=8 eval.py ...                    # the same, split over eight GPUs
 
-Two halves. `collect` lets the model answer, BATCH questions side by side, and appends every answer
-to a file at once: a run that was killed goes on where it was. `scored` is what such answers are
-worth.
+Two halves. `asked` lets the model answer (answering.py): a run that was killed goes on where it
+was. `scored` is what such answers are worth.
 
 Questions of yes or no and of several choices are asked twice more, with a grey picture and with
 another question's: what a model still gets right then it has from the words, not from looking.
@@ -19,7 +18,6 @@ import dataclasses
 import json
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -34,21 +32,20 @@ from tqdm import tqdm
 
 import exam
 import world
+from answering import BATCH, collect, read_answers
 from benchmarks import BENCHMARKS, PLACE, Benchmark, Picture, Question
 from boxes import BOX, in_whole, middle_square
 from captions import cut_caption
 from config import Parser, UserError, commit, input_errors, pick_device, pick_dtype, run_main
 from data import encode, pixels, prompts
-from exam import Answer, answer_all
 from formats import Document, Image, Ret, Text, asking
 from model import VisionLanguageModel
-from parallel import Ranks, start_group, stop_group, this_rank
+from parallel import start_group, stop_group, this_rank
 from scores import Result, bootstrap, by_id, in_form, retrieval
 from tokenizer import Tokenizer
 from vqa import cut_answer
 from weights import BUILT_IN, load_model
 
-BATCH = 16  # questions answered side by side
 POOL = 2048  # training samples that examples are drawn from (OpenFlamingo, eval/evaluate.py)
 CONTROLS = ("blank", "shuffled")
 ANSWERS = "answers.jsonl"
@@ -153,119 +150,6 @@ def controlled(questions: list[Question], control: str, size: int) -> list[Quest
                         question.pictures)
         others.append(dataclasses.replace(question, pictures=pictures))
     return others
-
-
-def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Question],
-            document_of: Callable, answer_of: Callable, longest: int, path: Path, ranks: Ranks,
-            what: str = "") -> None:
-    """Answer what has no answer in `path` yet, and append to it; each rank has a part of its own
-    until all of them are done."""
-    known = read_answers(path) if path.is_file() else {}
-    for part in parts_of(path):
-        known |= read_answers(part, whole=False)
-    for question in questions:
-        if known.get(question.id, {}).get("asked", asked_of(question)) != asked_of(question):
-            raise ValueError(f"{path}: has an answer to another question {question.id}, of other "
-                             f"words or pictures; choose another --out")
-    mine = [q for i, q in enumerate(questions) if i % ranks.size == ranks.rank]
-    todo = [q for q in mine if q.id not in known]
-    part = path.with_name(f"{path.stem}.{ranks.rank}.part.jsonl")
-    drop_half_a_line(part)
-    with open(part, "a", encoding="utf-8") as file, tqdm(
-            total=len(mine), initial=len(mine) - len(todo), desc=what or None,
-            disable=None if ranks.is_first else True, unit=" answers") as bar:
-        for first in range(0, len(todo), BATCH):
-            some = todo[first : first + BATCH]
-            said = answered(model, tokenizer, [document_of(q) for q in some], longest)
-            for question, one in zip(some, said, strict=True):
-                answer = answer_of(question, one.answer)
-                file.write(json.dumps({"id": question.id, "answer": answer,
-                                       "logprob": one.logprob, "asked": asked_of(question)}
-                                      | ({"said": one.answer} if answer != one.answer else {}))
-                           + "\n")
-            file.flush()
-            bar.update(len(some))
-    ranks.wait()
-    if ranks.is_first:
-        merge(path, questions)
-    ranks.wait()
-
-
-def answered(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document],
-             longest: int) -> list[Answer]:
-    """answer_all; what has a picture that cannot be read, or is too long, is answered by nothing,
-    and said."""
-    most = model.config.decoder.max_images
-    try:
-        for document in documents if most else ():
-            if sum(isinstance(segment, Image) for segment in document) > most:
-                raise ValueError(f"more pictures than the {most} that this model tells apart")
-        return answer_all(model, tokenizer, documents, longest)
-    except ValueError as error:
-        if len(documents) == 1:
-            sys.stderr.write(f"not asked: {error}\n")
-            return [Answer("", None)]
-        return [one for document in documents
-                for one in answered(model, tokenizer, [document], longest)]
-
-
-def asked_of(question: Question) -> int:
-    """A number for what is asked, by its words and pictures."""
-    names = [str(p.names) if isinstance(p, Picture) else zlib.crc32(bytes(p))
-             for p in question.pictures]
-    return zlib.crc32(json.dumps([question.text, names]).encode())
-
-
-def parts_of(path: Path) -> list[Path]:
-    return sorted(path.parent.glob(f"{path.stem}.*.part.jsonl"))
-
-
-def drop_half_a_line(path: Path) -> None:
-    """That a killed run has left at the end."""
-    if path.is_file():
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
-def merge(path: Path, questions: list[Question]) -> None:
-    """All parts into one file, in the order of the questions; what is there already stays."""
-    known = read_answers(path) if path.is_file() else {}
-    for part in parts_of(path):
-        known |= read_answers(part, whole=False)
-    order = {question.id: i for i, question in enumerate(questions)}
-    whole = path.with_name(path.name + ".whole")
-    with open(whole, "w", encoding="utf-8") as file:
-        for name in sorted(known, key=lambda name: order.get(name, len(order))):
-            file.write(json.dumps({"id": name, **known[name]}) + "\n")
-    whole.replace(path)
-    for part in parts_of(path):
-        part.unlink()
-
-
-def read_answers(path: Path, whole: bool = True) -> dict[str, dict]:
-    """id -> the rest of its line: {"answer": ..., "logprob": ...}. ValueError names a line that is
-    no answer, or the second one to a question; without `whole` a last half line is passed over."""
-    known: dict[str, dict] = {}
-    try:
-        rows = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-    for number, row in enumerate(rows, 1):
-        if not row.strip() or not whole and number == len(rows):
-            continue
-        try:
-            entry = json.loads(row)
-            name, text = str(entry.pop("id")), entry["answer"]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f'{path}: line {number}: must be like {{"id": "17", "answer": '
-                             f'"yes"}}') from None
-        if not isinstance(text, str):
-            raise ValueError(f"{path}: line {number}: the answer must be a text")
-        if name in known:
-            raise ValueError(f"{path}: line {number}: a second answer to {name}")
-        known[name] = entry
-    return known
 
 
 # ----------------------------------------------------------------------------- second half: scores

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 import world
+from answering import answer_all
 from data import prompts
 from formats import Document, Ret, chat_document
-from generate import generate
 from model import VisionLanguageModel
 from scores import is_right
 from tokenizer import Tokenizer
@@ -43,36 +43,6 @@ class Asked:
     logprob: float | None = None  # of the answer
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What was said, and the log-probability of all of it, its end included."""
-
-    answer: str
-    logprob: float | None  # None: nothing was said
-
-
-def answer_all(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document],
-               max_new_tokens: int = 96) -> list[Answer]:
-    """The greedy continuation of every document, all of them side by side."""
-    batch = prompts(documents, tokenizer, model.config, model.embed.device)
-    ids: list[list[int]] = [[] for _ in documents]
-    logprobs = [0.0] * len(documents)
-    for step in generate(model, batch, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids,
-                         forbidden=tokenizer.picture_ids):
-        logprobs[step.document] += step.logprob
-        if step.token not in tokenizer.stop_ids:
-            ids[step.document].append(step.token)
-    return [Answer(tokenizer.decode(tokens).strip(), logprob)
-            for tokens, logprob in zip(ids, logprobs, strict=True)]
-
-
-def answers(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document]
-            ) -> list[Answer]:
-    """The same of any number of documents, BATCH of them at a time."""
-    return [said for first in range(0, len(documents), BATCH)
-            for said in answer_all(model, tokenizer, documents[first : first + BATCH])]
-
-
 def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: int, *,
               seed: int = 0, split: str = "test", blank: bool = False) -> list[Asked]:
     """Ask n questions of one kind about unseen scenes, with their pictures or with blank ones."""
@@ -92,7 +62,9 @@ def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: in
     documents = [chat_document([([picture(s) for s in q.scenes], q.question, None)],
                                tokenizer.chat) for q in questions]
     asked = []
-    for q, said in zip(questions, answers(model, tokenizer, documents), strict=True):
+    answers = [said for first in range(0, n_asked, BATCH)
+               for said in answer_all(model, tokenizer, documents[first : first + BATCH])]
+    for q, said in zip(questions, answers, strict=True):
         right = (world.facts(said.answer) == world.facts(q.answer) if kind == "caption"
                  else is_right(kind, said.answer, q.answer))
         asked.append(Asked(kind, q.question, q.answer, said.answer, right, tuple(q.scenes),

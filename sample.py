@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from answering import BATCH, answer_all
 from config import Parser, UserError, input_errors, pick_device, run_main
 from data import prompts
 from formats import asking
@@ -23,8 +24,6 @@ from model import VisionLanguageModel
 from tokenizer import StreamDecoder, Tokenizer
 from vision import open_image
 from weights import BUILT_IN, load_model
-
-BATCH = 16  # prompts of a file answered side by side
 
 
 def arguments():
@@ -84,7 +83,6 @@ def main() -> None:
     options = dict(
         max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-        stop=tokenizer.stop_ids, forbidden=tokenizer.picture_ids,
         repetition_penalty=args.repetition_penalty)
     if args.prompts:
         with input_errors():
@@ -97,7 +95,8 @@ def main() -> None:
     began, stream, first = time.perf_counter(), StreamDecoder(tokenizer), 0.0
     words, shown, ids, logprobs = "", 0, [], []
     with input_errors():
-        for step in generate(model, batch, **options):
+        for step in generate(model, batch, stop=tokenizer.stop_ids,
+                             forbidden=tokenizer.picture_ids, **options):
             if not ids:
                 first = time.perf_counter() - began
                 if not args.model:
@@ -133,12 +132,8 @@ def answer_lines(args, pictures: list, model: VisionLanguageModel, tokenizer: To
     for first in range(0, len(asked), BATCH):
         documents = [asking(pictures, line, tokenizer.chat, "<image>")
                      for line in asked[first : first + BATCH]]
-        ids: list[list[int]] = [[] for _ in documents]
-        batch = prompts(documents, tokenizer, model.config, model.embed.device)
-        for step in generate(model, batch, **options):
-            ids[step.document].append(step.token)
-        for tokens in ids:
-            words = tokenizer.decode(t for t in tokens if t not in tokenizer.stop_ids)
+        for said in answer_all(model, tokenizer, documents, **options):
+            words = said.answer
             answers.append(" ".join(words[: ended(words, args.stop)].split()))
             if not args.json:
                 print(printable(answers[-1]), flush=True)

@@ -15,12 +15,12 @@ from random import Random
 import pytest
 from PIL import Image as Image_
 
+import answering
 import eval
 import report
 import world
+from answering import Answer, read_answers
 from benchmarks import BENCHMARKS, PLACE, Question
-from eval import read_answers
-from exam import Answer
 from formats import Image, Text, asking
 from tests.folders import MAKERS, make, scene_picture, write
 
@@ -224,7 +224,7 @@ def test_boxes_are_given_back_in_the_whole_picture(tmp_path, monkeypatch, cli):
     instances["images"][0] |= {"width": 640, "height": 480}
     instances["annotations"][0]["bbox"] = [85, 120, 80, 240]
     write(tmp_path / "data" / "instances.json", instances)
-    monkeypatch.setattr(eval, "answer_all", lambda model, tokenizer, documents, longest: [
+    monkeypatch.setattr(answering, "answer_all", lambda model, tokenizer, documents, longest: [
         Answer("[0.012, 0.250, 0.178, 0.750]", 0.0)] * len(documents))
     code, out, err = cli(eval, "refcoco", "--data", tmp_path / "data", "--out", tmp_path / "out",
                          "--limit", 1, "--json")
@@ -290,7 +290,7 @@ def test_clean_chair_knows_a_bus_and_missing_captions_are_no_praise(tmp_path, cl
 
 def test_what_is_saved_of_answers_with_examples_can_be_scored_again(tmp_path, monkeypatch, cli):
     make("vqav2", tmp_path / "data")
-    monkeypatch.setattr(eval, "answer_all", lambda model, tokenizer, documents, longest: [
+    monkeypatch.setattr(answering, "answer_all", lambda model, tokenizer, documents, longest: [
         Answer("Cats. Question: what", -1.0)] * len(documents))
     command = ["vqav2", "--data", tmp_path / "data", "--json"]
     code, out, err = cli(eval, *command, "--shots", 2, "--out", tmp_path / "out")
