@@ -57,7 +57,8 @@ def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Qu
     for part in parts_of(path):
         known |= read_answers(part, whole=False)
     for question in questions:
-        if known.get(question.id, {}).get("asked", asked_of(question)) != asked_of(question):
+        before = known.get(question.id, {}).get("asked")
+        if before not in (None, asked_of(question)):
             raise ValueError(f"{path}: has an answer to another question {question.id}, of other "
                              f"words or pictures; choose another --out")
     mine = [q for i, q in enumerate(questions) if i % ranks.size == ranks.rank]

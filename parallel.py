@@ -408,7 +408,7 @@ class StepResult:
     """What the log shows of the global batch: means, the gradient's norm unclipped, counts."""
 
     loss: float
-    contrastive: float | None  # None: no picture was asked for
+    contrastive: float | None  # None: no search was learned
     contrastive_right: float | None
     grad_norm: float
     n_tokens: int
