@@ -319,13 +319,14 @@ class VisionLanguageModel(nn.Module):
         ret_hidden = hidden.index_select(0, batch.ret_token)  # (R, C)
         return Output(token_loss, *self.contrastive(ret_hidden, pooled))
 
-    def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Of every token (T, C), after the last norm, and what encode_images says of pictures."""
+    def hidden_states(self, batch: Batch, cache=None) -> tuple[Tensor, Tensor]:
+        """Of every token (T, C), after the last norm, and what encode_images says of pictures.
+        A cache (generate.KVCache) keeps what it gets to see."""
         pictures, pooled = self.encode_images(batch)
         text_end = torch.arange(1, len(batch.tokens) + 1, device=batch.tokens.device)
         text = Span(batch.text_start, text_end.int(), batch.text_hints)
         return self.decode(batch.tokens, batch.positions, text, self.image_span(batch),
-                           pictures), pooled
+                           pictures, cache), pooled
 
     def next_logits(self, batch: Batch, rows: Tensor) -> Tensor:
         """(n, V + n_special): what could follow these rows (n,)."""
@@ -353,21 +354,27 @@ class VisionLanguageModel(nn.Module):
                pictures: Tensor | None, cache=None) -> Tensor:
         """tokens (T,) -> hidden states (T, C) after the last norm.
 
-        `text` are the intervals over the tokens (with a cache: over its slots), `seen` those over
-        the picture tokens. `cache` is a generate.KVCache; if it already holds the pictures,
-        `pictures` may be None.
+        `text` are the intervals over the tokens, `seen` those over the picture tokens; while one
+        writes, over the slots of the cache, and `pictures` may be None, for it holds them.
         """
         c = self.config.decoder
         rope = rope_table(positions, c.head_dim, c.rope_theta)
-        x = F.embedding(tokens, torch.cat([self.embed, self.special_embed]))  # (T, C)
+        x = self.embedded(tokens)  # (T, C)
         sees = (seen.start < seen.end)[:, None].to(x.dtype)  # (T, 1)
         for i, block in enumerate(self.blocks):
             if str(i) in self.cross_blocks:
                 cross = self.cross_blocks[str(i)]
-                cached = cache.pictures(i, cross, pictures) if cache else None
+                cached = cache.picture_kv(i, cross, pictures) if cache else None
                 x = cross(x, pictures, seen, sees, cached)
             x = block(x, rope, text, partial(cache.append, i) if cache else None)
         return self.norm(x)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """(T,) -> (T, C), from the published rows or, behind them, our own."""
+        special = (tokens - len(self.embed)).clamp(min=0)
+        published = F.embedding(tokens.clamp(max=len(self.embed) - 1), self.embed)
+        return torch.where((tokens < len(self.embed))[:, None], published,
+                           F.embedding(special, self.special_embed))
 
     @torch.no_grad()
     def cap_temperature(self) -> None:
@@ -381,18 +388,29 @@ class VisionLanguageModel(nn.Module):
         P = self.config.tokens_per_image
         return Span(batch.image_start * P, batch.image_end * P, batch.image_hints)
 
-    def output_table(self) -> Tensor:
-        """(V + n_special, C): the published rows and our own."""
-        return torch.cat([self.head, self.special_head])
-
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, C) -> (T, V + n_special) in fp32."""
-        return F.linear(hidden, self.output_table()).float()
+        return torch.cat([matmul(hidden, self.head), matmul(hidden, self.special_head)], 1).float()
+
+
+class Linear(nn.Linear):
+    """A matrix without bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return matmul(x, self.weight)
+
+
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x (T, K), weight (N, K) -> (T, N). While writing, a CPU's lone row takes `mv`, which reads a
+    matrix at 92 % of the speed of a copy; a matrix product with one row does at 80 % (LOG.md)."""
+    if len(x) == 1 and x.device.type == "cpu" and not torch.is_grad_enabled():
+        return torch.mv(weight, x[0])[None]
+    return F.linear(x, weight)
 
 
 def linear(n_in: int, n_out: int, std_scale: float = 1.0) -> nn.Linear:
     """A matrix without bias whose outputs start with the variance of its inputs (or less)."""
-    layer = nn.Linear(n_in, n_out, bias=False)
+    layer = Linear(n_in, n_out, bias=False)
     nn.init.normal_(layer.weight, std=std_scale * n_in**-0.5)
     return layer
 

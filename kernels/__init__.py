@@ -16,5 +16,5 @@ from kernels.backend import BACKENDS, backend_for, set_backend
 from kernels.loss import IGNORE, linear_cross_entropy
 from kernels.norm import layer_norm, rms_norm
 from kernels.rope import apply_rope, rope_table
-from kernels.spans import AttentionHints, attention_hints, uniform_hints
+from kernels.spans import AttentionHints, attention_hints, slot_hints, uniform_hints
 from kernels.swiglu import swiglu

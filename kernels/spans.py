@@ -119,6 +119,27 @@ def uniform_hints(n: int, m: int, s: int) -> AttentionHints:
     return AttentionHints([group], slice(0, n * m), slice(0, n * s), None, _role(s), n * m, n * s)
 
 
+def slot_hints(start: list[int], end: list[int], stride: int) -> AttentionHints:
+    """Hints for one row in each of the first slots of a cache, `stride` keys a slot, end to end.
+
+    Row i sees [start_i, end_i), counted from its slot's first key. No key is copied: all slots are
+    read as far as the longest interval reaches, and a mask hides what a row may not see.
+    """
+    n, s = len(start), max([*end, 0])
+    empty = [a >= b for a, b in zip(start, end, strict=True)]
+    if all(empty):
+        return AttentionHints([], slice(0, 0), slice(0, 0), None, "short", n, 0)
+    mask = place = None
+    if any(start) or min(end) < s:
+        key = torch.arange(s)
+        mask = (key >= torch.tensor(start)[:, None]) & (key < torch.tensor(end)[:, None])
+        mask = mask[:, None, None]  # (n, 1, 1, s)
+    if any(empty):
+        place = torch.tensor([n if nothing else i for i, nothing in enumerate(empty)])
+    return AttentionHints([SpanGroup(n, 1, s, causal=False, mask=mask)], slice(0, n),
+                          slice(0, n * stride), place, _role(s), n, (n - 1) * stride + s)
+
+
 def _role(n_keys: float) -> str:
     """
     >>> [_role(n) for n in (20, 257, 4000)]
@@ -204,24 +225,28 @@ def interval_attention_torch(
 ) -> Tensor:
     """Dense batches of like-sized spans through torch's own fused attention, on any device."""
     T, H, D = q.shape
-    if k.shape[1] != H:
-        k = k.repeat_interleave(H // k.shape[1], dim=1)  # (S, Hkv, D) -> (S, H, D)
-        v = v.repeat_interleave(H // v.shape[1], dim=1)
+    Hkv = k.shape[1]
     if not hints.groups:
         return nothing_seen(q, k, v)
+    lone = all(g.m == 1 for g in hints.groups)  # rows that write: as in decode.py, the heads that
+    # share a key head become rows of one tile, so that no key is copied.
+    if Hkv != H and not lone:
+        k = k.repeat_interleave(H // Hkv, dim=1)  # (S, Hkv, D) -> (S, H, D)
+        v = v.repeat_interleave(H // Hkv, dim=1)
+        Hkv = H
     n_rows, n_keys = [g.n * g.m for g in hints.groups], [g.n * g.s for g in hints.groups]
     parts = (_take(q, hints.rows, n_rows), _take(k, hints.keys, n_keys),
              _take(v, hints.keys, n_keys))
     results = []
-    for g, *qkv in zip(hints.groups, *parts, strict=True):
+    for g, q, k, v in zip(hints.groups, *parts, strict=True):
+        q = q.view(g.n, Hkv, H // Hkv, D) if lone else q.view(g.n, g.m, H, D).transpose(1, 2)
+        k, v = (x.view(g.n, -1, Hkv, D)[:, : g.s].transpose(1, 2) for x in (k, v))
         o = F.scaled_dot_product_attention(
-            *(x.view(g.n, -1, H, D).transpose(1, 2) for x in qkv), attn_mask=g.mask,
-            is_causal=g.causal, scale=scale,
-        )  # (n, H, m, D)
-        results.append(o.transpose(1, 2).reshape(g.n * g.m, H, D))
+            q, k, v, attn_mask=g.mask, is_causal=g.causal, scale=scale)  # (n, H, m, D)
+        results.append((o if lone else o.transpose(1, 2)).reshape(g.n * g.m, H, D))
     if hints.place is None:
         return results[0]
-    results.append(q.new_zeros(1, H, D))  # what the empty rows point at
+    results.append(results[0].new_zeros(1, H, D))  # what the empty rows point at
     return torch.cat(results).index_select(0, hints.place)
 
 

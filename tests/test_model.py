@@ -5,6 +5,7 @@ pytest tests/test_model.py
 Documents are made from patterns: behind <s>, every w is a random word, every i a random picture.
 """
 
+import random
 from copy import deepcopy
 from functools import cache
 from itertools import chain
@@ -430,8 +431,8 @@ def test_draws_follow_the_cut_off_distribution(options, expected):
     shuffle, n = torch.tensor([2, 0, 3, 1]), 20_000
     chances = torch.tensor([0.5, 0.3, 0.15, 0.05])[shuffle]
     options = dict(temperature=1.0, top_k=0, top_p=1.0) | options
-    generator = torch.Generator().manual_seed(0)
-    drawn = choose(chances.log().expand(n, -1), **options, generator=generator)
+    rng = random.Random(0)
+    drawn = choose(chances.log().expand(n, -1), **options, draws=[rng.random() for _ in range(n)])
     expected = torch.tensor(expected)[shuffle] / sum(expected)
     share = drawn.bincount(minlength=4) / n
     assert (share[expected == 0] == 0).all()
@@ -439,8 +440,15 @@ def test_draws_follow_the_cut_off_distribution(options, expected):
 
 
 def test_the_smallest_temperature_takes_the_likeliest():
-    logits, generator = torch.tensor([[1.0, 3.0, 2.0]]), torch.Generator().manual_seed(0)
-    assert choose(logits, 1e-40, 0, 1.0, generator).tolist() == [1]
+    for draw in (0.0, 0.5, 1 - 2**-53):
+        assert choose(torch.tensor([[1.0, 3.0, 2.0]]), 1e-40, 0, 1.0, [draw]).tolist() == [1]
+
+
+def test_no_draw_falls_on_a_token_without_chance():
+    logits = torch.tensor([float("-inf"), 0.0, 0.3, 0.1, float("-inf")]).repeat(3, 1)
+    for temperature in (0.1, 1.0, 3.0):
+        drawn = choose(logits, temperature, 0, 1.0, [0.0, 1 - 2**-53, 0.99])
+        assert set(drawn.tolist()) <= {1, 2, 3}
 
 
 def test_forbidden_tokens_are_never_written(build):

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "vision": {"kernels"},
     "model": {"kernels", "vision"},
-    "generate": {"kernels", "model"},
+    "lone": {"kernels", "model"},
+    "generate": {"kernels", "model", "lone"},
     "tokenizer": {"config"},  # for its command line
     "world": set(),
     "records": set(),
