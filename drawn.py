@@ -77,8 +77,8 @@ class DrawnWorld:
             pictures, asked = [picture], self.questions(scene, rng, 8)
         turns = [([], q.question, q.answer) for q in asked]
         if 0.25 <= kind < 0.45 and self.has_ret:  # a picture is the answer, then talked about
-            request = ([], world.request(scene, rng), Ret(picture))
-            return [chat_document([request, *turns], self.chat)]
+            request = rng.choice((world.request, world.vague_request))(scene, rng)
+            return [chat_document([([], request, Ret(picture)), *turns], self.chat)]
         return conversations(pictures, turns, rng, self.chat)
 
 

@@ -306,8 +306,17 @@ def grounded_phrase(scene: Scene, rng: random.Random) -> str:
 
 def request(scene: Scene, rng: random.Random) -> str:
     """Asks for this very scene: names all its things and their places."""
-    things = listed([f"{a(t.name)} {at(t.place)}" for t in scene.reading_order()])
-    return f"{rng.choice(('Show me', 'Find a picture of', 'I want to see'))} {things}."
+    return _asked_for([f"{a(t.name)} {at(t.place)}" for t in scene.reading_order()], rng)
+
+
+def vague_request(scene: Scene, rng: random.Random) -> str:
+    """Asks for any scene with one or two of the things in this one, wherever they are."""
+    things = rng.sample(scene.things, min(len(scene.things), rng.choice((1, 1, 2))))
+    return _asked_for([a(t.name) for t in things], rng)
+
+
+def _asked_for(things: list[str], rng: random.Random) -> str:
+    return f"{rng.choice(('Show me', 'Find a picture of', 'I want to see'))} {listed(things)}."
 
 
 # ------------------------------------------------------------------------------------- questions

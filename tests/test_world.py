@@ -372,6 +372,18 @@ def test_a_request_names_all_things_and_nearly_always_fits_one_scene_of_fifty():
     assert alone > 0.98 * 400  # lone things may differ in size and background only
 
 
+def test_a_vague_request_names_one_or_two_things_that_are_there_and_no_place():
+    named = set()
+    for seed, scene in enumerate(scenes("train", 100)):
+        asked = world.vague_request(scene, random.Random(seed))
+        told = re.findall(rf"\ban? ((?:{'|'.join(world.COLOURS)}) \w+)", asked)
+        names = [t.name for t in scene.things]
+        assert all(told.count(name) <= names.count(name) for name in told)
+        assert not any(place in asked for place in world.PLACES)
+        named.add(len(told))
+    assert named == {1, 2}
+
+
 def test_a_grounded_phrase_gives_the_box_of_the_thing_it_names():
     for seed, scene in enumerate(scenes("train", 100)):
         phrase = world.grounded_phrase(scene, random.Random(seed))
