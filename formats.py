@@ -66,8 +66,8 @@ def caption_documents(image: object, caption: str) -> list[Document]:
     return [[Image(image), Text(caption, learn=True)], [Text(caption), Ret(image)]]
 
 
-def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "nanovilla"
-                  ) -> Document:
+def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "nanovilla",
+                  first: bool = True) -> Document:
     """Turns of (pictures shown, question, answer) -> a document in a chat template.
 
     An answer is words, a Ret (the model answers with that picture, which then stands in the text
@@ -78,7 +78,7 @@ def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "
         shown = iter(pictures)
         document += [Image(next(shown)) if piece.text == "<image>" and piece.special
                      else Text(*piece) for piece in
-                     question_pieces(question, chat, len(pictures), first=not document)]
+                     question_pieces(question, chat, len(pictures), first and not document)]
         if isinstance(answer, Ret):
             document += [replace(answer, learn=True), Image(answer.reference)]
             answer = ""
@@ -87,15 +87,16 @@ def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "
     return document
 
 
-def asking(pictures: list, question: str, chat: str, mark: str) -> Document:
+def asking(pictures: list, question: str, chat: str, mark: str, first: bool = True) -> Document:
     """A question to be answered now: pictures stand where it has the mark, else in front.
 
-    ValueError if it has other than as many marks as there are pictures, and more than none.
+    `first`: nothing was said before. ValueError if it has other than as many marks as there are
+    pictures, and more than none.
     """
     if (n := question.count(mark)) not in (0, len(pictures)):
         raise ValueError(f"the question has {n} marks for pictures, but {len(pictures)} are given")
     shown, document = iter(pictures if n else ()), []
-    for segment in chat_document([([] if n else pictures, question, None)], chat):
+    for segment in chat_document([([] if n else pictures, question, None)], chat, first):
         parts = segment.string.split(mark) if isinstance(segment, Text) else [segment]
         for i, part in enumerate(parts):
             document += [Image(next(shown))] if i else []
