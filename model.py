@@ -272,9 +272,16 @@ class ContrastiveHead(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def forward(self, ret_hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        text = F.normalize(self.text_proj(ret_hidden).float(), dim=-1)
-        image = F.normalize(self.image_proj(pooled).float(), dim=-1)
-        return text, image, self.logit_scale[0].clamp(max=self.MAX_LOGIT_SCALE).exp()
+        scale = self.logit_scale[0].clamp(max=self.MAX_LOGIT_SCALE).exp()
+        return self.text(ret_hidden), self.image(pooled), scale
+
+    def text(self, ret_hidden: Tensor) -> Tensor:
+        """The state at <ret> (..., C) -> what it asks for, a unit vector (..., E) in fp32."""
+        return F.normalize(self.text_proj(ret_hidden).float(), dim=-1)
+
+    def image(self, pooled: Tensor) -> Tensor:
+        """A picture's feature, as encode_images gives it -> a unit vector (..., E) in fp32."""
+        return F.normalize(self.image_proj(pooled).float(), dim=-1)
 
 
 class VisionLanguageModel(nn.Module):

@@ -408,9 +408,14 @@ def index_path(path: str, where: str, about: int = 0) -> str:
     name = ".".join(filter(None, (path, where, f"{about:08x}" * (about != 0), "idx")))
     if os.access(os.path.dirname(path) or ".", os.W_OK) or header_in(name, path, about):
         return name
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     hashed = hashlib.blake2b(os.path.abspath(name).encode(), digest_size=16).hexdigest()
-    return os.path.join(cache, "nanovilla", f"{hashed}.idx")
+    return os.path.join(cache_folder(), f"{hashed}.idx")
+
+
+def cache_folder() -> str:
+    """Of this user: for what can be made anew, and has no place beside the data."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "nanovilla")
 
 
 def read_header(path: str, where: str, about: int) -> tuple[tuple[int, ...], bool] | None:

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "tally": set(),
     "data": {"kernels", "vision", "tokenizer", "records", "formats", "augment", "tally",
              "config", "doctor"},  # the last two for its command line
+    "gallery": {"model", "vision", "tokenizer", "records", "formats", "augment", "data"},
     "doctor": {"vision", "tokenizer", "records", "order", "formats", "sources", "augment", "tally",
                "data", "weights", "config"},
     "containers": set(),
