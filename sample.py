@@ -1,39 +1,71 @@
-"""Ask a model about a picture.
+"""Ask a model about a picture, or talk with it.
 
     python sample.py --image cat.jpg --prompt "What is in the picture?"
     python sample.py --image a.jpg --image b.jpg --prompt "Which picture has more cats?"
     python sample.py --image a.jpg --image b.jpg --prompt "<image> How does it differ from <image>?"
     python sample.py --model out/tiny/model --image cat.jpg        # without a prompt: a caption
     python sample.py --image cat.jpg --prompts questions.txt       # an answer a line
+    python sample.py --image cat.jpg --heatmap heat.png            # where each word looked
+    python sample.py --gallery photos/ --prompt "Show me a red cat at the top."
+    python sample.py --chat --gallery photos/ --save chat.html     # a conversation
 
-The answer appears word by word as it is made.
+The answer appears word by word as it is made. One question is a conversation of one turn: chat.py
+answers, here are the flags and the files that come of it.
 """
 
+import argparse
 import json
 import math
+import os
 import sys
-import time
 from pathlib import Path
 
+import PIL.Image
+
+import page
 from answering import BATCH, answer_all
-from config import Parser, UserError, input_errors, pick_device, run_main
-from data import prompts
-from formats import asking
-from generate import generate
-from model import VisionLanguageModel
-from tokenizer import StreamDecoder, Tokenizer
-from vision import open_image
+from chat import (
+    Conversation,
+    Seen,
+    Terminal,
+    Turn,
+    ended,
+    one_line,
+    print_answer,
+    printable,
+    read_examples,
+    transcript,
+    words_with_maps,
+)
+from config import Parser, input_errors, pick_device, run_main, writing
+from gallery import open_gallery
+from looking import block_names, draw_boxes, seen_part, strip, words_of
+from records import unfinished
+from vision import open_image, to_rgb
 from weights import BUILT_IN, load_model
 
+FILES = ("heatmap", "draw", "save")  # that an answer may be written to
+NOT_WITH = {
+    "chat": ("prompt", "prompts", "json", "logprobs", "heatmap", "draw"),
+    "prompts": ("prompt", "gallery", "logprobs", "heatmap", "draw", "save"),
+    "json": ("logprobs",),
+}
 
-def arguments():
-    parser = Parser(prog="sample.py", description="Ask a model about a picture.")
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(prog="sample.py", description="Ask a model about a picture, or talk with it.")
     add = parser.add_argument
     add("--image", action="append", default=[], help="a picture; several are shown in order")
     add("--prompt", help="the question; pictures stand where it says <image>, else in front "
         "(default: what is in the picture)")
     add("--prompts", metavar="FILE", help="ask each line of it (-: of what comes in), all side by "
         "side; an answer a line")
+    add("--chat", action="store_true", help="talk: questions from the keyboard, or from a file by "
+        "< FILE; /help in it explains more")
+    add("--few-shot", metavar="FILE", help="examples that come first: blocks of lines image: FILE, "
+        "question: TEXT, answer: TEXT, with a blank line between them")
+    add("--gallery", metavar="FOLDER", help="of pictures; one of them is shown where the model "
+        "answers with a picture")
     add("--model", default="", help="model folder (default: the small one that ships here)")
     add("--device", default="cpu", choices=["auto", "cpu", "cuda", "mps"],
         help="where to compute (default: cpu)")
@@ -47,14 +79,45 @@ def arguments():
         "less likely to come again")
     add("--stop", action="append", default=[], metavar="TEXT", help="the answer ends before this; "
         "may be given several times")
+    add("--heatmap", metavar="FILE", help="a picture of where each word of the answer looked")
+    add("--heatmap-blocks", metavar="LAYERS", help="of these gated blocks alone, such as 3,7, "
+        "by the layers they stand before (default: all)")
+    add("--draw", metavar="FILE", help="the last picture, with the boxes of the answer drawn on it")
+    add("--save", metavar="FILE", help="a page of what was said, with pictures; a word pointed at "
+        "shows where it looked")
+    add("--logprobs", action="store_true", help="behind the answer a line for each word, with its "
+        "log-probability")
     add("--json", action="store_true", help="print one JSON object instead of words")
     args = parser.parse_args()
+    check_what_is_asked(args, parser)
+    check_numbers(args, parser)
+    with input_errors():
+        check_files(args)
+    return args
+
+
+def check_what_is_asked(args: argparse.Namespace, parser: Parser) -> None:
+    given = {name for name, value in vars(args).items() if value not in (None, False)}
+    for name in given & NOT_WITH.keys():
+        for other in (other for other in NOT_WITH[name] if other in given):
+            parser.error(f"--{name} and --{other}: give one of them")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty: ask something, or leave it out for a caption")
-    if not args.image and args.prompt is None and not args.prompts:
-        parser.error("nothing to do: give --image FILE, --prompt TEXT or both")
-    if args.prompt is not None and args.prompts:
-        parser.error("--prompt and --prompts: give one of them")
+    if not (args.image or args.prompt is not None or args.prompts or args.chat):
+        parser.error("nothing to do: give --image FILE, --prompt TEXT or both, or --chat")
+    for name in ("heatmap", "draw"):
+        if getattr(args, name) is not None and not args.image and not args.gallery:
+            parser.error(f"--{name} needs a picture: give --image FILE or --gallery FOLDER")
+    if args.heatmap_blocks is not None:
+        if args.heatmap is None and args.save is None:
+            parser.error("--heatmap-blocks goes with --heatmap or --save")
+        try:
+            args.heatmap_blocks = [int(layer) for layer in args.heatmap_blocks.split(",")]
+        except ValueError:
+            parser.error(f"--heatmap-blocks {args.heatmap_blocks}: must be numbers, such as 3,7")
+
+
+def check_numbers(args: argparse.Namespace, parser: Parser) -> None:
     if args.temperature < 0 or not math.isfinite(args.temperature):
         parser.error(f"--temperature must be 0 or more, and finite, got {args.temperature}")
     if not 0 <= args.seed < 2**31:
@@ -67,72 +130,155 @@ def arguments():
         parser.error("--min-new-tokens must be at least 0, and not above --max-new-tokens")
     if not 0 < args.repetition_penalty < math.inf or not all(args.stop):
         parser.error("--repetition-penalty must be above 0 and finite, --stop not empty")
-    return args
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """ValueError unless all that is to be written can be, without harm to what is read."""
+    if args.gallery is not None and not os.path.isdir(args.gallery):
+        raise ValueError(f"--gallery {args.gallery}: no such folder; give a folder of pictures")
+    taken = {os.path.realpath(path) for path in (*args.image, args.few_shot, args.prompts) if path}
+    for name in FILES:
+        path = getattr(args, name)
+        if path is None:
+            continue
+        real, folder = os.path.realpath(path), os.path.dirname(path) or "."
+        if not path or os.path.isdir(path):
+            raise ValueError(f"--{name} {path}: is a folder; give a file's name")
+        if not os.path.isdir(folder):
+            raise ValueError(f"--{name} {path}: there is no folder {folder}; make it first")
+        inside = args.gallery and real.startswith(os.path.join(os.path.realpath(args.gallery), ""))
+        if real in taken or inside and os.path.exists(path):
+            raise ValueError(f"--{name} {path}: is read, or written, already; choose another name")
+        taken.add(real)
+        if name != "save" and not writable_format(path):
+            raise ValueError(f"--{name} {path}: call it .png or .jpg")
+    if args.chat and args.save and os.path.lexists(args.save):
+        raise ValueError(f"--save {args.save}: is there already; choose another name")
+
+
+def writable_format(path: str) -> str:
+    """Pillow's name of the format that a file's name ends in; "" if there is none."""
+    return {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(
+        Path(path).suffix.lower(), "")
 
 
 def main() -> None:
     args = arguments()
     with input_errors():
-        pictures = [open_image(path, rgb=False) for path in args.image]
+        pictures = [Seen(path, open_image(path, rgb=False)) for path in args.image]
+        examples = read_examples(args.few_shot) if args.few_shot is not None else []
+        asked = lines_of(args.prompts) if args.prompts else []
     device = pick_device(args.device)
     with input_errors():
         model, tokenizer = load_model(args.model or BUILT_IN, device)
-    most = model.config.decoder.max_images
-    if most and len(pictures) > most:
-        raise UserError(f"{len(pictures)} pictures, but this model tells at most {most} apart")
-    options = dict(
-        max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-        repetition_penalty=args.repetition_penalty)
-    if args.prompts:
-        with input_errors():
-            return answer_lines(args, pictures, model, tokenizer, options)
-    # A terminal's bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes.
-    prompt = (args.prompt or "What is in the picture?").encode("utf-8", "replace").decode("utf-8")
+        block_names(model, args.heatmap_blocks)
+        gallery = open_gallery(args.gallery, model) if args.gallery is not None else None
+    if gallery and gallery.skipped:
+        complain(f"{len(gallery.skipped)} of the gallery's files are left out: "
+                 f"{gallery.skipped[0]}")
+    conversation = Conversation(
+        model, tokenizer, gallery, args.stop, complain, max_new_tokens=args.max_new_tokens,
+        min_new_tokens=args.min_new_tokens, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, seed=args.seed, repetition_penalty=args.repetition_penalty)
+    for example in examples:
+        conversation.tell(*example)
+    if args.chat:
+        hint(args)
+        return Terminal(conversation, pictures, args.save, args.heatmap_blocks).run()
     with input_errors():
-        document = asking(pictures, prompt, tokenizer.chat, "<image>")
-    batch = prompts([document], tokenizer, model.config, model.embed.device)
-    began, stream, first = time.perf_counter(), StreamDecoder(tokenizer), 0.0
-    words, shown, ids, logprobs = "", 0, [], []
-    with input_errors():
-        for step in generate(model, batch, stop=tokenizer.stop_ids,
-                             forbidden=tokenizer.picture_ids, **options):
-            if not ids:
-                first = time.perf_counter() - began
-                if not args.model:
-                    sys.stderr.write("This small built-in model knows drawn scenes only; "
-                                     "for photographs give --model FOLDER.\n")
-            ids.append(step.token)
-            logprobs.append(step.logprob)
-            if step.token in tokenizer.stop_ids:
-                break
-            words += stream.push(step.token)
-            if ended(words, args.stop) < len(words):
-                break
-            if not args.json:  # all that no stop text can begin in
-                safe = max(len(words) - max(map(len, args.stop), default=1) + 1, shown)
-                print(printable(words[shown:safe]), end="", flush=True)
-                shown = safe
-    words += stream.flush()
-    words = words[: ended(words, args.stop)]
+        answer_lines(args, pictures, asked, conversation) if asked else answer_one(
+            args, pictures, conversation)
+
+
+def hint(args: argparse.Namespace) -> None:
+    if not args.model:
+        complain("This small built-in model knows drawn scenes only; for photographs give --model "
+                 "FOLDER.")
+
+
+def complain(line: str) -> None:
+    sys.stderr.write(one_line(line) + "\n")
+
+
+# ------------------------------------------------------------------------------- one question
+
+
+def answer_one(args: argparse.Namespace, pictures: list[Seen], conversation: Conversation) -> None:
+    pieces = conversation.ask(args.prompt or "What is in the picture?", pictures)
+    hint(args)
     if args.json:
-        seconds = time.perf_counter() - began
-        print(json.dumps({"prompt": prompt, "images": args.image, "answer": words, "tokens": ids,
-                          "logprobs": logprobs, "seconds": seconds, "first_token_seconds": first,
-                          "tokens_per_second": len(ids) / seconds}))
+        for _ in pieces:
+            pass
     else:
-        print(printable(words[shown:]))
+        print_answer(pieces)
+    turn = conversation.turns[-1]
+    if args.json:
+        print(json.dumps(as_json(turn)))
+    if args.logprobs:
+        for stretch in turn.stretches:
+            for word, places in words_of(conversation.tokenizer, stretch.ids):
+                total = sum(stretch.logprobs[place] for place in places)
+                print(f"{total:9.4f}  {one_line(word).strip()}")
+    write_files(args, conversation, turn)
 
 
-def answer_lines(args, pictures: list, model: VisionLanguageModel, tokenizer: Tokenizer,
-                 options: dict) -> None:
+def as_json(turn: Turn) -> dict:
+    tokens = [token for stretch in turn.stretches for token in stretch.ids]
+    return {
+        "prompt": turn.question,
+        "images": [seen.path for seen in turn.pictures],
+        "answer": turn.words,
+        "pictures": [{"path": seen.path, "score": seen.score} for seen in turn.found],
+        "tokens": tokens,
+        "logprobs": [logprob for stretch in turn.stretches for logprob in stretch.logprobs],
+        "seconds": turn.seconds,
+        "first_token_seconds": turn.first_seconds,
+        "tokens_per_second": len(tokens) / turn.seconds,
+    }
+
+
+def write_files(args: argparse.Namespace, conversation: Conversation, turn: Turn) -> None:
+    """--save, --draw and --heatmap of an answer. ValueError if it has nothing to draw."""
+    vision, seen = conversation.model.config.vision, turn.pictures + turn.found
+    if args.save:
+        page.write(args.save, transcript(conversation, args.heatmap_blocks))
+    if (args.heatmap or args.draw) and not seen:
+        raise ValueError("the model has found no picture, so there is none to draw on")
+    if args.draw:
+        picture = to_rgb(seen[-1].picture)
+        drawn, n = draw_boxes(picture, turn.words, seen_part(picture.size, vision))
+        save_picture(drawn, args.draw)
+        if not n:
+            complain(f"{args.draw}: the answer names no box")
+    if args.heatmap:
+        words = [word for stretch in turn.stretches
+                 for word in words_with_maps(conversation, stretch, args.heatmap_blocks)]
+        n_maps = max((len(word.maps) for word in words), default=0)
+        for word in words:  # one in front of a picture has not looked at it
+            word.maps += [0 * map for map in word.maps[:1]] * (n_maps - len(word.maps))
+        save_picture(strip([one.picture for one in seen], words, vision), args.heatmap)
+
+
+def save_picture(picture: PIL.Image.Image, path: str) -> None:
+    """Whole or not at all."""
+    with writing(Path(path)):
+        part = unfinished(path)
+        picture.save(part, writable_format(path))
+        os.replace(part, path)
+
+
+# ------------------------------------------------------------------------------- many questions
+
+
+def answer_lines(args: argparse.Namespace, pictures: list[Seen], asked: list[str],
+                 conversation: Conversation) -> None:
     """Answer every line of --prompts, BATCH of them at a time."""
-    asked = lines_of(args.prompts)
     answers = []
     for first in range(0, len(asked), BATCH):
-        documents = [asking(pictures, line, tokenizer.chat, "<image>")
-                     for line in asked[first : first + BATCH]]
-        for said in answer_all(model, tokenizer, documents, **options):
+        documents = [conversation.prompt(line, pictures) for line in asked[first : first + BATCH]]
+        for said in answer_all(conversation.model, conversation.tokenizer, documents,
+                               max_new_tokens=args.max_new_tokens,
+                               min_new_tokens=args.min_new_tokens, **conversation.options):
             words = said.answer
             answers.append(" ".join(words[: ended(words, args.stop)].split()))
             if not args.json:
@@ -153,20 +299,6 @@ def lines_of(name: str) -> list[str]:
     if not any(map(str.strip, lines)):
         raise ValueError(f"--prompts {name}: has no line with a question")
     return [line.strip() for line in lines if line.strip()]
-
-
-def ended(words: str, stops: list[str]) -> int:
-    """Where an answer ends: at the first of these texts, else behind its last character.
-
-    >>> ended("a cat. User: and", ["User:", "."]), ended("a cat", ["."])
-    (5, 5)
-    """
-    return min([words.find(stop) for stop in stops if stop in words], default=len(words))
-
-
-def printable(text: str) -> str:
-    """Text without control characters: an answer must not steer the terminal."""
-    return "".join(c for c in text if c == "\n" or c.isprintable())
 
 
 if __name__ == "__main__":
