@@ -267,7 +267,7 @@ def transcript(conversation: Conversation, blocks: Sequence[int] | None = None) 
         asked = [texts[0]]
         for picture, text in zip(pictures, texts[1:], strict=True):
             asked += [picture, text]
-        turns.append(page.Turn("User", asked))
+        turns.append(page.Turn("User", [part for part in asked if part != ""]))
         said = []
         for part in turn.answer:
             said += ([shown(part)] if isinstance(part, Seen) else

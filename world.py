@@ -6,6 +6,7 @@ one of 4 backgrounds, overlapping a little, JPEG noise included.
 
     python world.py cat.jpg              draws the picture that the README asks about
     python world.py --sheet sheet.png    draws a sheet of scenes with their captions
+    python world.py --photos photos      draws a folder of unseen scenes, for sample.py --gallery
 
 What a model is examined on it has never seen: a scene belongs to the test by the hash of its
 description, and eight (colour, kind) pairs, the *new combinations*, are neither shown nor spoken
@@ -14,6 +15,7 @@ of in training.
 
 import io
 import math
+import os
 import random
 import re
 import sys
@@ -569,11 +571,21 @@ def sheet(n: int = 24, columns: int = 6, size: int = 160) -> Image.Image:
     return page
 
 
+def photos(folder: str, n: int = 200) -> None:
+    """n unseen scenes as pictures of a new folder: a gallery to choose from."""
+    os.makedirs(folder)
+    for seed in range(n):
+        draw(make_scene(seed, "test"), 240).save(os.path.join(folder, f"{seed:03d}.png"))
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "--sheet":
         sheet().save(sys.argv[2])
+    elif len(sys.argv) == 3 and sys.argv[1] == "--photos" and not os.path.lexists(sys.argv[2]):
+        photos(sys.argv[2])
     elif len(sys.argv) == 2 and not sys.argv[1].startswith("-"):
         the_cat().save(sys.argv[1], quality=92)
     else:
-        sys.stderr.write("usage: world.py cat.jpg, or world.py --sheet sheet.png\n")
+        sys.stderr.write("usage: world.py cat.jpg, world.py --sheet sheet.png, or world.py "
+                         "--photos FOLDER, which must be new\n")
         raise SystemExit(2)
