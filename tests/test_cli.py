@@ -7,6 +7,8 @@ import doctest
 import io
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,8 @@ import eval
 import generate
 import sample
 import train
+import world
+from weights import save_model
 
 ROOT = Path(__file__).parent.parent
 CAT = str(ROOT / "cat.jpg")
@@ -79,6 +83,30 @@ BAD = [
     (sample, ["--image", CAT, "--prompts", "none.txt"], "none.txt: cannot be read"),
     (sample, ["--image", CAT, "--prompts", "empty.jpg"], "no line with a question"),
     (sample, ["--image", CAT, "--prompts", "notes.txt", "--prompt", "What?"], "one of them"),
+    (sample, ["--chat", "--prompt", "What?"], "--chat and --prompt: give one of them"),
+    (sample, ["--chat", "--json"], "--chat and --json"),
+    (sample, ["--chat", "--save", "notes.txt"], "notes.txt: is there already"),
+    (sample, ["--prompts", "notes.txt", "--gallery", "lonely"], "--prompts and --gallery"),
+    (sample, ["--image", CAT, "--json", "--logprobs"], "--json and --logprobs"),
+    (sample, ["--prompt", "What?", "--heatmap", "heat.png"], "--heatmap needs a picture"),
+    (sample, ["--prompt", "What?", "--draw", "boxes.png"], "--draw needs a picture"),
+    (sample, ["--image", CAT, "--heatmap", "nowhere/heat.png"], "there is no folder nowhere"),
+    (sample, ["--image", CAT, "--save", "nowhere/page.html"], "there is no folder nowhere"),
+    (sample, ["--image", CAT, "--draw", "empty"], "empty: is a folder"),
+    (sample, ["--image", CAT, "--draw", "boxes.txt"], "boxes.txt: call it .png or .jpg"),
+    (sample, ["--image", "fine.png", "--draw", "./fine.png"], "is read, or written, already"),
+    (sample, ["--image", CAT, "--draw", "a.png", "--heatmap", "a.png"], "already"),
+    (sample, ["--image", CAT, "--gallery", "lonely", "--draw", "lonely/a.jpg"], "already"),
+    (sample, ["--image", CAT, "--few-shot", "notes.txt", "--save", "notes.txt"], "already"),
+    (sample, ["--image", CAT, "--heatmap-blocks", "3"], "goes with --heatmap or --save"),
+    (sample, ["--image", CAT, "--heatmap", "a.png", "--heatmap-blocks", "x"], "must be numbers"),
+    (sample, ["--image", CAT, "--heatmap", "a.png", "--heatmap-blocks", "2"], "layers 1, 3"),
+    (sample, ["--image", CAT, "--few-shot", "none.txt"], "none.txt: cannot be read"),
+    (sample, ["--image", CAT, "--few-shot", "notes.txt"], "notes.txt: line 1: must be image:"),
+    (sample, ["--image", CAT, "--gallery", "none"], "none: no such folder"),
+    (sample, ["--image", CAT, "--gallery", "empty"], "has no pictures"),
+    (sample, ["--image", CAT, "--gallery", "broken"], "has no pictures"),
+    (sample, ["--chat", "--gallery", "empty"], "has no pictures"),
     (train, ["--data", "nowhere"], "nowhere: no such folder"),
     (train, ["--data", "empty"], "name.jpg + name.txt"),
     (train, ["--data", "lonely"], "write it into a.txt"),
@@ -214,6 +242,90 @@ def test_the_same_seed_draws_the_same_words(cli):
     asked = ["--image", CAT, "--temperature", "1.5", "--max-new-tokens", "40"]
     one, two, other = (cli(sample, *asked, "--seed", seed)[1] for seed in (1, 1, 2))
     assert one == two != other
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch) -> Path:
+    """A working folder as the README's commands find one, with a gallery."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copy(CAT, tmp_path)
+    shutil.copytree(ROOT / "assets", tmp_path / "assets", ignore=shutil.ignore_patterns("tiny"))
+    world.photos("out/photos")
+    return tmp_path
+
+
+def test_what_the_readme_asks_is_answered_and_the_talk_it_shows_is_what_is_printed(
+        shop, cli, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    section = re.search(r"## Ask, and talk\n.*?\n## ", readme, re.DOTALL)[0]
+    commands, shown = re.findall(r"```(?:bash)?\n(.*?)```", section, re.DOTALL)
+    drawing, *commands = commands.splitlines()
+    assert drawing.startswith("python world.py --photos out/photos ")
+    for command in commands:
+        script, name, *words = shlex.split(command)
+        assert (script, name) == ("python", "sample.py")
+        if "<" in words:
+            content = Path(words[words.index("<") + 1]).read_bytes()
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+            words = words[: words.index("<")]
+        code, out, err = cli(sample, *words)
+        assert code == 0 and out, (command, err)
+    assert out == shown
+    flags = set(re.findall(r"--[a-z-]+", " ".join(commands)))
+    assert set(re.findall(r"`(--[a-z-]+)`", section)) <= flags
+    assert all(Path("out", name).is_file()
+               for name in ("boxes.png", "heat.png", "cat.html", "chat.html"))
+    assert not [*shop.rglob("*.part")]
+
+
+def test_a_picture_as_an_answer_is_a_path_in_the_text_and_an_entry_in_json(shop, cli):
+    asked = ["--gallery", "out/photos", "--prompt", "Show me a red cat in the middle."]
+    code, out, _ = cli(sample, *asked, "--draw", "drawn.png", "--save", "page.html")
+    path, score = re.fullmatch(r"\[(.*), (0\.\d\d)\]\n", out).groups()
+    assert code == 0 and path == str(Path("out/photos/161.png"))
+    assert Image.open("drawn.png").size == Image.open(path).size
+    assert "161.png" in Path("page.html").read_text()
+    answer = json.loads(cli(sample, *asked, "--json")[1])
+    (entry,) = answer["pictures"]
+    assert entry["path"] == path and f"{entry['score']:.2f}" == score and answer["answer"] == ""
+
+
+def test_files_of_a_gallery_that_cannot_be_read_are_counted(shop, cli):
+    Path("out/photos/bad\x1b[2J.png").write_bytes(b"no picture")
+    code, _, err = cli(sample, "--gallery", "out/photos", "--prompt", "Where?")
+    assert code == 0 and "1 of the gallery's files are left out" in err and "\x1b" not in err
+
+
+def test_an_answer_without_words_or_pictures_has_nothing_to_draw(shop, cli):
+    code, _, err = cli(sample, "--gallery", "out/photos", "--prompt", "How many?", "--draw", "b.png")
+    assert code == 2 and "no picture" in err.splitlines()[-1] and not Path("b.png").exists()
+
+
+def test_a_model_without_contrastive_head_has_no_gallery(shop, cli, tiny_model, tokenizer):
+    model = tiny_model()
+    save_model("plain", model.config, model.state_dict(), tokenizer)
+    code, out, err = cli(sample, "--model", "plain", "--gallery", "out/photos", "--prompt", "What?")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "contrastive head" in err
+
+
+def test_log_probabilities_come_word_by_word_behind_the_answer(cli):
+    asked = ["--image", CAT, "--prompt", "Where is the cat?"]
+    first, *rows = cli(sample, *asked, "--logprobs")[1].splitlines()
+    assert [row.split()[1] for row in rows] == first.split()
+    told = json.loads(cli(sample, *asked, "--json")[1])["logprobs"]
+    total = sum(float(row.split()[0]) for row in rows)
+    assert total == pytest.approx(sum(told[:-1]), abs=1e-3)  # without the end of the answer
+
+
+def test_examples_come_before_every_prompt(shop, cli, tmp_path):
+    Path("asked.txt").write_text("What is in the picture?\nWhere is the cat?")
+    Path("few.txt").write_text("question: What is it?\nanswer: a dog\n")
+    asked = ["--image", CAT, "--few-shot", "few.txt"]
+    together = cli(sample, *asked, "--prompts", "asked.txt")[1]
+    alone = [cli(sample, *asked, "--prompt", prompt)[1]
+             for prompt in Path("asked.txt").read_text().splitlines()]
+    assert together == "".join(alone) != cli(sample, "--image", CAT, "--prompts", "asked.txt")[1]
 
 
 def test_examples_in_docstrings_hold():
