@@ -72,7 +72,8 @@ class Gallery:
 
     def nearest(self, feature: Tensor, n: int) -> list[Found]:
         """The n pictures that come closest, or all if there are fewer; of equal ones the first."""
-        cosines = self.features @ feature.float().cpu()
+        # Not a matrix product: in one, equal rows can differ in their last bit.
+        cosines = torch.linalg.vecdot(self.features, feature.float().cpu())
         scores, places = cosines.sort(descending=True, stable=True)
         return [Found(self.paths[place], score) for place, score in
                 zip(places[:n].tolist(), scores[:n].tolist(), strict=True)]
@@ -104,9 +105,8 @@ def open_gallery(folder: str | Path, model: VisionLanguageModel) -> Gallery:
         if known and known.keys() != kept.keys():
             write_kept(path, about, known)
     if not known:
-        none = "no picture in it can be read" if skipped else "has no pictures"
-        raise ValueError(f"{folder}: {none}; give a folder of {', '.join(IMAGE_SUFFIXES)}"
-                         + f" ({skipped[0]})" * bool(skipped))
+        why = f"no picture in it can be read ({skipped[0]})" if skipped else "has no pictures"
+        raise ValueError(f"{folder}: {why}; give a folder of {', '.join(IMAGE_SUFFIXES)}")
     files = sorted(known)
     return Gallery([Path(folder, file.name) for file in files],
                    torch.from_numpy(np.stack([known[file] for file in files])), skipped)
