@@ -41,16 +41,17 @@ from tokenizer import StreamDecoder, Tokenizer
 from vision import VisionConfig, preprocess
 
 WARM = (255, 140, 0)  # where a word looked most; page.py's script has the same colours
-STRENGTH = 0.7  # of the colours over the picture
+DARK, TINT = 0.75, 0.4  # strengths of the colours at their ends: what was seen stays visible
 THUMBNAIL, COLUMNS, GAP = 112, 8, 10  # of the strip, in pixels; words in a row
 MOST_WORDS, MOST_PICTURES = 200, 8  # in the strip
+BOX_COLOURS = (*COLOURS, (86, 180, 233), (240, 228, 66))  # Okabe and Ito's others
 LABEL = 40  # longest name of a box, in characters
 
 
 # ------------------------------------------------------------------------------------ the weights
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def looks(model: VisionLanguageModel, batch: Batch, blocks: Sequence[int] | None = None) -> Tensor:
     """Weights of every token over the patches of every picture, (T, I, side, side), fp32 or finer.
 
@@ -198,9 +199,9 @@ def seen_part(size: tuple[int, int], vision: VisionConfig) -> Frame:
 
 def heat(weights: np.ndarray) -> Image.Image:
     """Weights (h, w) of 0..1 -> a layer of that size in pixels: dark at 0, clear, warm at 1."""
-    layer = np.zeros((*weights.shape, 4), np.uint8)
-    layer[weights >= 0.5, :3] = WARM
-    layer[..., 3] = np.rint(255 * STRENGTH * np.abs(2 * weights - 1))
+    layer, warm = np.zeros((*weights.shape, 4), np.uint8), weights >= 0.5
+    layer[warm, :3] = WARM
+    layer[..., 3] = np.rint(255 * np.where(warm, TINT, DARK) * np.abs(2 * weights - 1))
     return Image.fromarray(layer, "RGBA")
 
 
@@ -272,7 +273,7 @@ def draw_boxes(picture: Image.Image, text: str, frame: Frame = WHOLE) -> tuple[I
     thick = max(2, round(min(drawn.size) / 150))
     font = ImageFont.load_default(max(11, round(min(drawn.size) / 28)))
     for i, (box, label) in enumerate(found):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = BOX_COLOURS[i % len(BOX_COLOURS)]
         x1, y1, x2, y2 = (round(side * length) for side, length in
                           zip(box, (width, height, width, height), strict=True))
         edge = (x1, y1, max(x2 - 1, x1), max(y2 - 1, y1))
@@ -285,7 +286,8 @@ def draw_boxes(picture: Image.Image, text: str, frame: Frame = WHOLE) -> tuple[I
             x = min(x1, max(width - tag[2] - 6, 0))
             y = y1 - tag[3] - 4 if y1 >= tag[3] + 4 else y1
             pen.rectangle((x, y, x + tag[2] + 6, y + tag[3] + 4), colour, "white")
-            pen.text((x + 3, y + 1), label, "white", font)
+            light = np.dot(colour, (0.299, 0.587, 0.114)) > 128
+            pen.text((x + 3, y + 1), label, "black" if light else "white", font)
     return drawn, len(found)
 
 

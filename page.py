@@ -26,7 +26,7 @@ from boxes import Frame
 from vision import PictureError, open_image
 
 LARGEST = 512  # longer side of a picture in the page, in pixels
-DISPLAYED = 320  # and as it is displayed, small ones enlarged
+DISPLAYED = 280  # and as it is displayed, small ones enlarged
 JOINERS = "\u200c\u200d"  # invisible, but letters of some scripts and emoji are wrong without
 WHOLE: Frame = (0.0, 0.0, 1.0, 1.0)
 
@@ -181,7 +181,7 @@ function lay(figure, bytes) {
   for (let i = 0; i < levels.length; i++) {
     const v = levels.charCodeAt(i) / 255;
     cells.data.set(v < 0.5 ? [0, 0, 0] : [255, 140, 0], 4 * i);
-    cells.data[4 * i + 3] = 255 * 0.7 * Math.abs(2 * v - 1);
+    cells.data[4 * i + 3] = 255 * (v < 0.5 ? 0.75 : 0.4) * Math.abs(2 * v - 1);
   }
   pen.putImageData(cells, 0, 0);
   canvas.classList.add("on");
@@ -224,8 +224,9 @@ def page(turns: list[Turn], title: str = "A conversation") -> str:
                 said.append(word_html(part, n_pictures) if isinstance(part, Word)
                             else escaped(part))
         kind = "user" if turn.speaker == "User" else "other"
+        flow = "".join(said).strip().replace("</figure> ", "</figure>")  # no blank starts a line
         articles.append(f'<article class="{kind}"><h2>{escaped(turn.speaker)}</h2>'
-                        f'<div class="said" dir="auto">{"".join(said).strip()}</div></article>')
+                        f'<div class="said" dir="auto">{flow}</div></article>')
     head = (
         '<meta charset="utf-8">',
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
