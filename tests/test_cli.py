@@ -298,7 +298,8 @@ def test_files_of_a_gallery_that_cannot_be_read_are_counted(shop, cli):
 
 
 def test_an_answer_without_words_or_pictures_has_nothing_to_draw(shop, cli):
-    code, _, err = cli(sample, "--gallery", "out/photos", "--prompt", "How many?", "--draw", "b.png")
+    code, _, err = cli(sample, "--gallery", "out/photos", "--prompt", "Is there a cat?",
+                       "--draw", "b.png")
     assert code == 2 and "no picture" in err.splitlines()[-1] and not Path("b.png").exists()
 
 
