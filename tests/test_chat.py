@@ -20,6 +20,7 @@ from data import encode
 from formats import Ret, chat_document
 from gallery import open_gallery
 from generate import Step
+from tokenizer import Tokenizer
 from weights import BUILT_IN, load_model
 
 ROOT = Path(__file__).parent.parent
@@ -79,10 +80,11 @@ def scripted(monkeypatch):
 # ------------------------------------------------------------------------------ what is remembered
 
 
-def test_what_a_conversation_reads_is_what_training_reads(tiny, gallery, scripted):
-    _, t = tiny
+@pytest.mark.parametrize("template", ["nanovilla", "idefics-instruct"])
+def test_what_a_conversation_reads_is_what_training_reads(tiny, gallery, scripted, template):
+    t = Tokenizer(Path(BUILT_IN) / "tokenizer.model", chat=template)
     a, b, c = picture("red"), picture("blue"), picture("green")
-    conversation = Conversation(*tiny, gallery)
+    conversation = Conversation(tiny[0], t, gallery)
     scripted([*t.encode("a red cat"), t.end_id], [t.ret_id], [t.end_id], [])
     for question, pictures in (("What is it?", [a]), (REQUEST, []), ("And these?", [b, c])):
         [*conversation.ask(question, pictures)]
@@ -90,7 +92,7 @@ def test_what_a_conversation_reads_is_what_training_reads(tiny, gallery, scripte
     whole = [([a.picture], "What is it?", "a red cat"), ([], REQUEST, Ret(found)),
              ([b.picture, c.picture], "And these?", None)]
     read, trained = (encode(document, t, end=False)
-                     for document in (conversation.document(), chat_document(whole)))
+                     for document in (conversation.document(), chat_document(whole, t.chat)))
     assert read.ids == trained.ids
     assert all(x is y for x, y in zip(read.images, trained.images, strict=True))
 
@@ -109,6 +111,10 @@ def test_the_oldest_turns_are_forgotten_and_the_rest_answers_as_if_they_had_neve
         assert said(fresh, kept[-1].question, *kept[-1].pictures) == answer
         assert kept[-1].question == f"What is at place {i}?" and fresh.forgotten == 0
         assert len(encode(long.document(), tokenizer, end=False).ids) <= 128
+        if long.forgotten:  # one more would have been too much
+            long.forgotten, kept[-1].answer, answer = long.forgotten - 1, [], kept[-1].answer
+            assert len(encode(long.document(), tokenizer, end=False).ids) + 24 > 128
+            long.forgotten, kept[-1].answer = long.forgotten + 1, answer
         assert (long.forgotten > before) == ("no longer" in "".join(notes)), notes
         notes.clear()
     assert 0 < long.forgotten < len(long.turns) - 1 and len(long.turns) == 8
@@ -151,6 +157,15 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_went(tiny, scripted):
     assert t.decode(encode(conversation.document(), t, end=False).ids) == (
         "User: What is it?<end_of_utterance>Assistant: a red cat<end_of_utterance>"
         "User: And?<end_of_utterance>Assistant:")
+
+
+def test_an_answer_that_nobody_takes_to_its_end_is_kept_as_far_as_it_was_taken(tiny):
+    conversation = Conversation(*tiny)
+    cat = Seen("cat.jpg", Pillow.open(ROOT / "cat.jpg"))
+    pieces = conversation.ask("What is in the picture?", [cat])
+    shown = next(pieces) + next(pieces)
+    pieces.close()
+    assert conversation.turns[-1].words == shown
 
 
 def test_what_is_asked_in_batches_is_what_is_asked_alone(tiny):
