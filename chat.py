@@ -190,7 +190,7 @@ class Conversation:
                 return self.note(str(error))
             yield turn.answer[-1]
             before = self.forgotten
-            if self._fit():
+            if self._fit() or not self._tokens_left(turn):  # no place, or no word, is left
                 return
             self._tell_forgotten(before)
 

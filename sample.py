@@ -98,9 +98,10 @@ def arguments() -> argparse.Namespace:
 
 def check_what_is_asked(args: argparse.Namespace, parser: Parser) -> None:
     given = {name for name, value in vars(args).items() if value not in (None, False)}
-    for name in given & NOT_WITH.keys():
-        for other in (other for other in NOT_WITH[name] if other in given):
-            parser.error(f"--{name} and --{other}: give one of them")
+    for name, others in NOT_WITH.items():
+        both = [other for other in others if {name, other} <= given]
+        if both:
+            parser.error(f"--{name} and --{both[0]}: give one of them")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty: ask something, or leave it out for a caption")
     if not (args.image or args.prompt is not None or args.prompts or args.chat):

@@ -211,6 +211,12 @@ def test_an_answer_goes_on_behind_its_pictures_which_are_few(tiny, gallery, scri
     assert all(t.image_id in call["forbidden"] for call in calls)
 
 
+def test_a_picture_that_is_the_last_token_ends_the_answer(tiny, gallery, scripted):
+    calls = scripted([tiny[1].ret_id])
+    (found,) = Conversation(*tiny, gallery, max_new_tokens=1).ask(REQUEST)
+    assert isinstance(found, Seen) and len(calls) == 1
+
+
 def test_no_picture_is_looked_for_when_there_is_no_place_for_it(tiny, gallery, scripted):
     _, t = tiny
     calls = scripted([t.end_id])
