@@ -244,14 +244,21 @@ def test_the_same_seed_draws_the_same_words(cli):
     assert one == two != other
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn") / "photos"
+    world.photos(str(folder))
+    return folder
+
+
 @pytest.fixture
-def shop(tmp_path, monkeypatch) -> Path:
+def shop(drawn, tmp_path, monkeypatch) -> Path:
     """A working folder as the README's commands find one, with a gallery."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copy(CAT, tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets", ignore=shutil.ignore_patterns("tiny"))
-    world.photos("out/photos")
+    shutil.copytree(drawn, tmp_path / "out" / "photos")
     return tmp_path
 
 
