@@ -318,12 +318,12 @@ def test_a_model_without_contrastive_head_has_no_gallery(shop, cli, tiny_model, 
 
 
 def test_log_probabilities_come_word_by_word_behind_the_answer(cli):
-    asked = ["--image", CAT, "--prompt", "Where is the cat?"]
+    asked = ["--image", CAT, "--prompt", "What is in the picture?"]
     first, *rows = cli(sample, *asked, "--logprobs")[1].splitlines()
     assert [row.split()[1] for row in rows] == first.split()
     told = json.loads(cli(sample, *asked, "--json")[1])["logprobs"]
     total = sum(float(row.split()[0]) for row in rows)
-    assert total == pytest.approx(sum(told[:-1]), abs=1e-3)  # without the end of the answer
+    assert total == pytest.approx(sum(told[:-1]), abs=0.01) and total < -1  # without the end of the answer
 
 
 def test_examples_come_before_every_prompt(shop, cli, tmp_path):
