@@ -323,7 +323,8 @@ def test_log_probabilities_come_word_by_word_behind_the_answer(cli):
     assert [row.split()[1] for row in rows] == first.split()
     told = json.loads(cli(sample, *asked, "--json")[1])["logprobs"]
     total = sum(float(row.split()[0]) for row in rows)
-    assert total == pytest.approx(sum(told[:-1]), abs=0.01) and total < -1  # without the end of the answer
+    # The last one is that of the answer's end, which is no word.
+    assert total == pytest.approx(sum(told[:-1]), abs=0.01) and total < -1
 
 
 def test_examples_come_before_every_prompt(shop, cli, tmp_path):
