@@ -228,13 +228,14 @@ def test_a_model_in_bf16_has_maps_in_fp32(tokenizer, tiny_model):
 
 @pytest.mark.parametrize("text", ["a red cat.", "a red  cat\nand\n\n a dog", "", "red",
                                   "caf\u00e9 \U0001f600 \u4f60\u597d [0.120, 0.300]", " \n "])
-def test_words_put_together_are_the_answer(tokenizer, text):
-    ids = [*tokenizer.encode(text), tokenizer.end_id, *tokenizer.encode("more")]
+@pytest.mark.parametrize("end", ["end_id", "eos_id"])
+def test_words_put_together_are_the_answer_up_to_its_end(tokenizer, text, end):
+    ids = [*tokenizer.encode(text), getattr(tokenizer, end), *tokenizer.encode("more")]
     words = words_of(tokenizer, ids)
     assert "".join(word for word, _ in words) == tokenizer.decode(tokenizer.encode(text))
     places = [place for _, tokens in words for place in tokens]
     assert places == [*range(len(tokenizer.encode(text)))]
-    assert all(not word.strip() or len(word.split()) == 1 for word, _ in words)
+    assert all(len(word.split()) == 1 for word, _ in words) or not text.strip()
 
 
 def test_half_a_character_at_the_end_belongs_to_the_last_word(tokenizer):
@@ -381,6 +382,7 @@ def test_a_word_that_saw_fewer_pictures_than_are_shown_is_dark_on_the_first():
     first, second = looking.scaled([np.array([[0.2, 0.1]])], 2)
     assert not first.any() and second.tolist() == [[1.0, 0.5]]
     assert [m.max() for m in looking.scaled([np.zeros((2, 2))], 1)] == [0]
+    assert looking.scaled([np.eye(2), np.array([[4.0, 2.0]])], 1)[0].tolist() == [[1.0, 0.5]]
 
 
 # -------------------------------------------------------------------------------------- the boxes

@@ -20,6 +20,7 @@ import page
 from page import Shown, Turn, Word, write
 
 VOID = {"meta", "img"}
+NAME = "<b onload=x>' onerror=\"y.png"
 DATA = "data:image/jpeg;base64,"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y> \"' &amp; </div></body>"
 
@@ -74,15 +75,16 @@ def test_words_and_pictures_stand_in_the_page_in_order():
 
 @pytest.mark.parametrize("where", ["user", "word", "title", "speaker", "name"])
 def test_html_in_words_is_shown_not_obeyed(tmp_path, where):
-    file = tmp_path / "<b onload=x>'.png"
+    file = tmp_path / NAME
     picture().save(file)
     turns = [Turn(HOSTILE if where == "speaker" else "User",
                   [HOSTILE if where == "user" else "hello", Shown(file)]),
              Turn("Assistant", [Word(HOSTILE if where == "word" else "a", -1.0)])]
     found = read(*turns, title=HOSTILE if where == "title" else "A talk")
     assert HOSTILE in found.text or where == "name"
-    assert "<b onload=x>'.png" in found.text
+    assert NAME in found.text
     assert len(found.all("script")) == 1 and len(found.all("img")) == 1
+    assert found.all("img")[0]["alt"] == NAME
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
 
 
