@@ -159,9 +159,9 @@ def test_ten_thousand_pictures_are_searched_at_once():
     features = F.normalize(torch.randn(10_000, 768), dim=1)
     opened, seconds = Gallery([Path(f"{i}") for i in range(10_000)], features, []), []
     for i in range(5):
-        began = time.perf_counter()
+        began = time.process_time()
         assert opened.best(features[i]).path.name == str(i)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     assert min(seconds) < 0.05
 
 
