@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
+from beams import beam_search
 from data import encode, pixels, prompts
 from formats import Image as Picture
 from formats import Text, chat_document
@@ -372,6 +373,34 @@ def test_64_greedy_tokens_are_those_of_transformers(files, kind):
                           min_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
                           **seen)
     assert ours == out[0, ids.shape[1]:].tolist()
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 1.7])
+@pytest.mark.parametrize("kind", ["llama", "idefics"])
+def test_what_three_beams_find_is_what_transformers_finds(files, kind, penalty):
+    """Many tokens end an answer, so that answers of all lengths compete."""
+    place, _, llama, idefics = files
+    for seed in range(4):
+        if kind == "llama":
+            model, tokenizer = assemble(place / "ViT.pt", place / "llama")
+            text = " ".join(["a red cat", "two birds", "on the left", "where is it"][: seed + 1])
+            batch, theirs, seen = text_batch(model, tokenizer, text), llama, {}
+        else:
+            model, tokenizer = load_model(place / "idefics")
+            batch, seen = idefics_inputs(model, tokenizer,
+                                         [picture_document([seed, seed + 1], tokenizer)])
+            theirs = idefics
+        n = theirs.config.vocab_size
+        stop = [*range(5 + seed, n, 9)]
+        extra = tuple(range(n, model.config.decoder.vocab_size + model.config.decoder.n_special))
+        (ours,) = beam_search(model, batch, n_beams=3, max_new_tokens=12, length_penalty=penalty,
+                              stop=tuple(stop), forbidden=extra)
+        ids = batch.tokens[None]
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12,
+                              num_beams=3, length_penalty=penalty, do_sample=False,
+                              eos_token_id=stop, pad_token_id=0, early_stopping=False, **seen)
+        assert ours.tokens == out[0, ids.shape[1] :][: len(ours.tokens)].tolist()
+        assert not out[0, ids.shape[1] + len(ours.tokens) :].any()
 
 
 # ---------------------------------------------------------------------------------------- IDEFICS

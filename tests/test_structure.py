@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "model": {"kernels", "vision"},
     "lone": {"kernels", "model"},
     "generate": {"kernels", "model", "lone"},
+    "beams": {"model", "generate"},
     "tokenizer": {"config"},  # for its command line
     "world": set(),
     "records": set(),
