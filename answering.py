@@ -1,23 +1,26 @@
 """Answers of a model to many questions: side by side, and kept as they come.
 
-`answer_all` is all of one batch; `collect` appends answers to a file of lines, one object each, in
-which a run that was killed goes on, and of which every rank writes a part of its own.
+`answer_each` gives answers as they are done; `collect` appends them to a file of lines, one object
+each, in which a run that was killed goes on, and of which every rank writes a part of its own.
 """
 
 import json
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import Picture, Question
-from data import prompts
-from formats import Document, Image
+import benchmarks
+from augment import Picture
+from beams import beam_search
+from benchmarks import Question
+from data import Batch, Encoded, collate, collate_options, encode, pixels
+from formats import Document
 from generate import generate
-from model import VisionLanguageModel
+from model import ModelConfig, VisionLanguageModel
 from parallel import Ranks
 from tokenizer import Tokenizer
 
@@ -33,24 +36,83 @@ class Answer:
 
 
 def answer_all(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document],
-               max_new_tokens: int = 96, **options) -> list[Answer]:
-    """The continuation of every document, greedy unless `options` of generate() say otherwise, all
-    of them side by side."""
-    batch = prompts(documents, tokenizer, model.config, model.embed.device)
-    ids: list[list[int]] = [[] for _ in documents]
-    logprobs = [0.0] * len(documents)
-    for step in generate(model, batch, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids,
-                         forbidden=tokenizer.picture_ids, **options):
-        logprobs[step.document] += step.logprob
-        if step.token not in tokenizer.stop_ids:
-            ids[step.document].append(step.token)
-    return [Answer(tokenizer.decode(tokens).strip(), logprob)
-            for tokens, logprob in zip(ids, logprobs, strict=True)]
+               **options) -> list[Answer]:
+    """The continuation of every document, by answer_each()."""
+    found = dict(answer_each(model, tokenizer, documents, **options))
+    return [found[number] for number in range(len(documents))]
+
+
+def answer_each(model: VisionLanguageModel, tokenizer: Tokenizer, documents: Iterable[Document], *,
+                refused: Callable[[str], object] | None = None, side_by_side: int = BATCH,
+                n_beams: int = 1, max_new_tokens: int = 96, **options
+                ) -> Iterator[tuple[int, Answer]]:
+    """(number, answer) of every document as it is done, side_by_side of them at a time: where one
+    ends, the next begins. Greedy unless `options` of generate(), or n_beams, say otherwise.
+
+    ValueError if a document cannot be asked: too long, too many pictures, one that cannot be read;
+    with `refused`, that is called with the line instead, and the document answered by nothing.
+    """
+    waiting, asked, nothing = enumerate(documents), [], []
+    device, layout = model.embed.device, collate_options(tokenizer, model.config)
+
+    def more(n: int) -> Batch | None:
+        samples: list[list[Encoded]] = []
+        for number, document in waiting:
+            try:
+                samples.append([readable(document, tokenizer, model.config)])
+                asked.append(number)
+            except ValueError as error:
+                if refused is None:
+                    raise
+                refused(str(error))
+                nothing.append(number)
+            if len(samples) == n:
+                break
+        return collate(samples, **layout).to(device) if samples else None
+
+    limits = dict(max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids,
+                  forbidden=tokenizer.picture_ids)
+    if n_beams > 1:
+        n_done = 0
+        while (batch := more(max(side_by_side // n_beams, 1))) is not None:
+            for found in beam_search(model, batch, n_beams=n_beams, **limits, **options):
+                yield asked[n_done], said_by(found.tokens, found.score, tokenizer)
+                n_done += 1
+    else:
+        written: dict[int, tuple[list[int], list[float]]] = {}
+        for step in generate(model, more, n_slots=side_by_side, **limits, **options):
+            ids, logprobs = written.setdefault(step.document, ([], []))
+            ids.append(step.token)
+            logprobs.append(step.logprob)
+            if step.last:
+                del written[step.document]
+                yield asked[step.document], said_by(ids, sum(logprobs), tokenizer)
+    yield from ((number, Answer("", None)) for number in nothing)
+
+
+def said_by(ids: list[int], logprob: float, tokenizer: Tokenizer) -> Answer:
+    words = [token for token in ids if token not in tokenizer.stop_ids]
+    return Answer(tokenizer.decode(words).strip(), logprob)
+
+
+def readable(document: Document, tokenizer: Tokenizer, config: ModelConfig) -> Encoded:
+    """A document to be answered, its pictures' pixels read. ValueError if that cannot be done."""
+    encoded, c, v = encode(document, tokenizer, end=False), config.decoder, config.vision
+    if 0 < c.max_images < len(encoded.images):
+        raise ValueError(f"{len(encoded.images)} pictures, but this model tells at most "
+                         f"{c.max_images} apart")
+    if len(encoded.ids) >= c.max_seq_len:
+        raise ValueError(f"the prompt has {len(encoded.ids)} tokens, the model reads "
+                         f"{c.max_seq_len}: shorten it")
+    rows = {id(image): image for image in encoded.images}  # one that is shown twice is read once
+    for name, image in rows.items():
+        rows[name] = Picture(pixels(image, v.image_size, v.resize, v.rgb))
+    return Encoded(encoded.ids, encoded.learn, [rows[id(image)] for image in encoded.images], [])
 
 
 def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Question],
             document_of: Callable, answer_of: Callable, longest: int, path: Path, ranks: Ranks,
-            what: str = "") -> None:
+            what: str = "", n_beams: int = 1) -> None:
     """Answer what has no answer in `path` yet, and append to it; each rank has a part of its own
     until all of them are done."""
     known = read_answers(path) if path.is_file() else {}
@@ -68,44 +130,29 @@ def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Qu
     with open(part, "a", encoding="utf-8") as file, tqdm(
             total=len(mine), initial=len(mine) - len(todo), desc=what or None,
             disable=None if ranks.is_first else True, unit=" answers") as bar:
-        for first in range(0, len(todo), BATCH):
-            some = todo[first : first + BATCH]
-            said = answered(model, tokenizer, [document_of(q) for q in some], longest)
-            for question, one in zip(some, said, strict=True):
-                answer = answer_of(question, one.answer)
-                file.write(json.dumps({"id": question.id, "answer": answer,
-                                       "logprob": one.logprob, "asked": asked_of(question)}
-                                      | ({"said": one.answer} if answer != one.answer else {}))
-                           + "\n")
+        answers = answer_each(model, tokenizer, map(document_of, todo), max_new_tokens=longest,
+                              n_beams=n_beams, refused=not_asked)
+        for number, said in answers:
+            question, answer = todo[number], answer_of(todo[number], said.answer)
+            file.write(json.dumps({"id": question.id, "answer": answer, "logprob": said.logprob,
+                                   "asked": asked_of(question)}
+                                  | ({"said": said.answer} if answer != said.answer else {}))
+                       + "\n")
             file.flush()
-            bar.update(len(some))
+            bar.update()
     ranks.wait()
     if ranks.is_first:
         merge(path, questions)
     ranks.wait()
 
 
-def answered(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document],
-             longest: int) -> list[Answer]:
-    """answer_all; what has a picture that cannot be read, or is too long, is answered by nothing,
-    and said."""
-    most = model.config.decoder.max_images
-    try:
-        for document in documents if most else ():
-            if sum(isinstance(segment, Image) for segment in document) > most:
-                raise ValueError(f"more pictures than the {most} that this model tells apart")
-        return answer_all(model, tokenizer, documents, longest)
-    except ValueError as error:
-        if len(documents) == 1:
-            sys.stderr.write(f"not asked: {error}\n")
-            return [Answer("", None)]
-        return [one for document in documents
-                for one in answered(model, tokenizer, [document], longest)]
+def not_asked(why: str) -> None:
+    sys.stderr.write(f"not asked: {why}\n")
 
 
 def asked_of(question: Question) -> int:
     """A number for what is asked, by its words and pictures."""
-    names = [str(p.names) if isinstance(p, Picture) else zlib.crc32(bytes(p))
+    names = [str(p.names) if isinstance(p, benchmarks.Picture) else zlib.crc32(bytes(p))
              for p in question.pictures]
     return zlib.crc32(json.dumps([question.text, names]).encode())
 

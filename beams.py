@@ -24,11 +24,15 @@ from generate import Writer
 from model import Batch, VisionLanguageModel
 
 
-class Finished(NamedTuple):
-    """An answer's tokens, the last one of `stop` included, and its summed log-probability."""
+class Beam(NamedTuple):
+    """The beginning of an answer, or a whole one with its token of `stop`."""
 
     tokens: list[int]
-    logprob: float
+    logprobs: list[float]  # of each token
+
+    @property
+    def score(self) -> float:
+        return sum(self.logprobs)
 
 
 @dataclass
@@ -40,32 +44,31 @@ class Search:
     most: int  # tokens an answer may have
     position: int  # of the token that was written last
     images: tuple[int, int]
-    beams: list[list[int]] = field(default_factory=lambda: [[]])
-    scores: list[float] = field(default_factory=lambda: [0.0])
-    finished: list[tuple[float, Finished]] = field(default_factory=list)  # best first
+    beams: list[Beam] = field(default_factory=lambda: [Beam([], [])])
+    finished: list[tuple[float, Beam]] = field(default_factory=list)  # best first
     done: bool = False
 
     def go_on(self, candidates: list[tuple[float, int, int]], stop: tuple[int, ...]) -> list[int]:
         """The best (score, beam, token), best first -> from which beam each new one is."""
-        old, sources, length = self.beams, [], len(self.beams[0]) + 1
-        self.beams, self.scores = [], []
-        for rank, (score, beam, token) in enumerate(candidates):
+        old, sources, length = self.beams, [], len(self.beams[0].tokens) + 1
+        self.beams, self.position = [], self.position + 1
+        for rank, (score, source, token) in enumerate(candidates):
+            tokens, logprobs = old[source]
+            gain = score - old[source].score if score > float("-inf") else score  # never NaN
+            beam = Beam([*tokens, token], [*logprobs, gain])
             ends = token in stop or length == self.most
             if ends and rank < self.n_beams and score > float("-inf"):
-                value = score / length**self.length_penalty
-                self.finished.append((value, Finished([*old[beam], token], score)))
+                self.finished.append((score / length**self.length_penalty, beam))
             elif not ends and len(self.beams) < self.n_beams:
-                self.beams.append([*old[beam], token])
-                self.scores.append(score)
-                sources.append(beam)
-        self.position += 1
+                self.beams.append(beam)
+                sources.append(source)
         self.finished = sorted(self.finished, key=lambda f: -f[0])[: self.n_beams]
         full = len(self.finished) == self.n_beams
         self.done = length == self.most or (
-            full and self.scores[0] / length**self.length_penalty <= self.finished[-1][0])
-        if self.done:  # its beams' slots are read on, to no effect
-            self.beams, self.position = self.n_beams * [[0]], self.position - 1
-            self.scores, sources = self.n_beams * [0.0], [*range(self.n_beams)]
+            full and self.beams[0].score / length**self.length_penalty <= self.finished[-1][0])
+        if self.done:  # its slots are read on, to no effect
+            self.beams, self.position = self.n_beams * [Beam([0], [0.0])], self.position - 1
+            sources = [*range(self.n_beams)]
         return sources
 
 
@@ -73,7 +76,7 @@ class Search:
 def beam_search(model: VisionLanguageModel, batch: Batch, *, n_beams: int = 3,
                 max_new_tokens: int = 128, length_penalty: float = 1.0,
                 stop: tuple[int, ...] = (), forbidden: tuple[int, ...] = (),
-                min_new_tokens: int = 0) -> list[Finished]:
+                min_new_tokens: int = 0) -> list[Beam]:
     """The best answer found to every document of a batch.
 
     length_penalty 0 compares sums of log-probabilities, which favours short answers; 1 compares
@@ -96,7 +99,8 @@ def beam_search(model: VisionLanguageModel, batch: Batch, *, n_beams: int = 3,
         if length < min_new_tokens:
             logits.index_fill_(1, ends, float("-inf"))
         logprobs = logits.log_softmax(-1).unflatten(0, (n_documents, -1))  # (B, beams, V)
-        scores = torch.tensor([search.scores for search in searches], device=writer.device)
+        scores = torch.tensor([[beam.score for beam in search.beams] for search in searches],
+                              device=writer.device)
         totals = (logprobs + scores[:, :, None]).flatten(1)  # (B, beams * V)
         best, place = totals.topk(min(n_best, totals.shape[1]))
         beam, token = place // logprobs.shape[2], place % logprobs.shape[2]
@@ -110,7 +114,7 @@ def beam_search(model: VisionLanguageModel, batch: Batch, *, n_beams: int = 3,
             break
         if length:  # before, all beams were one
             writer.cache.take(torch.tensor(sources, device=writer.device))
-        rows = [(beam[-1], search) for search in searches for beam in search.beams]
+        rows = [(beam.tokens[-1], search) for search in searches for beam in search.beams]
         hidden = writer.step([token for token, _ in rows], [search.position for _, search in rows],
                              [search.images for _, search in rows])
     return [search.finished[0][1] for search in searches]

@@ -26,10 +26,11 @@ from typing import NamedTuple
 import PIL.Image
 
 import page
+from beams import beam_search
 from data import encode, prompts
 from formats import Document, Image, Ret, Text, asking
 from gallery import Gallery, wish
-from generate import Step, generate
+from generate import generate
 from looking import answer_words, seen_part
 from model import VisionLanguageModel
 from tokenizer import StreamDecoder, Tokenizer, answer_pieces
@@ -97,10 +98,11 @@ class Conversation:
     def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer,
                  gallery: Gallery | None = None, stops: Iterable[str] = (),
                  note: Callable[[str], object] = print,
-                 max_new_tokens: int = 128, min_new_tokens: int = 0, **options):
+                 max_new_tokens: int = 128, min_new_tokens: int = 0, n_beams: int = 1, **options):
         self.model, self.tokenizer, self.gallery = model, tokenizer, gallery
         self.stops, self.note, self.options = [*stops], note, options
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
+        self.n_beams = n_beams
         self.turns: list[Turn] = []
         self.forgotten = 0  # of the turns: the first ones are no longer read
 
@@ -207,14 +209,14 @@ class Conversation:
                 stretch.text += new
                 yield new
 
-        for step in steps:
+        for token, logprob in steps:
             turn.seconds = time.perf_counter() - began
             turn.first_seconds = turn.first_seconds or turn.seconds
-            stretch.ids.append(step.token)
-            stretch.logprobs.append(step.logprob)
-            if step.token == t.ret_id or step.token in t.stop_ids:
+            stretch.ids.append(token)
+            stretch.logprobs.append(logprob)
+            if token == t.ret_id or token in t.stop_ids:
                 break
-            words += decoder.push(step.token)
+            words += decoder.push(token)
             if ended(words, self.stops) < len(words):
                 break
             yield from show(len(words) - held)
@@ -222,7 +224,8 @@ class Conversation:
         yield from show(ended(words, self.stops))
         return t.ret_id in stretch.ids[-1:]
 
-    def _steps(self, document: Document, turn: Turn) -> Iterator[Step]:
+    def _steps(self, document: Document, turn: Turn) -> Iterator[tuple[int, float]]:
+        """The model's tokens and their log-probabilities."""
         most, left = self.model.config.decoder.max_images, self._tokens_left(turn)
         full = 0 < most <= len(turn.pictures) + len(turn.found)
         may_find = self.gallery is not None and not full and len(turn.found) < MOST_FOUND
@@ -230,8 +233,14 @@ class Conversation:
                      if not (may_find and token == self.tokenizer.ret_id)]
         batch = prompts([document], self.tokenizer, self.model.config, self.model.embed.device)
         least = max(self.min_new_tokens - self.max_new_tokens + left, 0)
-        return generate(self.model, batch, stop=self.tokenizer.stop_ids, max_new_tokens=left,
-                        min_new_tokens=least, forbidden=tuple(forbidden), **self.options)
+        limits = dict(max_new_tokens=left, min_new_tokens=least, forbidden=tuple(forbidden))
+        stop = self.tokenizer.stop_ids
+        if self.n_beams > 1:
+            stop += (self.tokenizer.ret_id,) * may_find
+            (best,) = beam_search(self.model, batch, n_beams=self.n_beams, stop=stop, **limits)
+            return zip(*best, strict=True)
+        steps = generate(self.model, batch, stop=stop, **limits, **self.options)
+        return ((step.token, step.logprob) for step in steps)
 
     def _found(self) -> Seen:
         """The picture that the <ret> just written wishes for."""

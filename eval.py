@@ -251,6 +251,8 @@ def arguments():
     add("--guess", action="store_true", help="MMMU, ScienceQA: where no letter is found take a "
         "random one, as the authors' programs do, instead of counting it as wrong")
     add("--rices", action="store_true", help="examples with the most similar pictures")
+    add("--beams", type=int, default=1, help="search for a likely answer with so many beams, as "
+        "OpenFlamingo and others do with 3 (1: greedy)")
     add("--controls", default="yes", choices=["yes", "no"],
         help="ask questions of yes or no and of choices also with a grey and with another picture")
     add("--mode", default="official", choices=["official", "clean"], help="how answers are read: "
@@ -272,13 +274,17 @@ def arguments():
     known = BENCHMARKS.get(args.benchmark)
     if args.shots >= 0 and not (known and known.examples):
         parser.error(f"--shots: {args.benchmark} has no training samples to take examples from")
-    idle = {"--rices": args.rices and args.shots < 0, "--guess": args.guess and not (
-                known and known.guesses), "--split": args.split and known and not known.split}
+    idle = {"--rices": args.rices and args.shots < 0,
+            "--guess": args.guess and not (known and known.guesses),
+            "--split": args.split and known and not known.split,
+            "--beams": args.beams != 1 and not known}
     if args.benchmark == "drawn":
         idle |= {"--data": args.data, "--limit": args.limit, "--score": args.score,
                  "--split": args.split}
     if args.score:
         idle |= {"--model": args.model, "--shots": args.shots >= 0}
+    if not 1 <= args.beams <= 64:
+        parser.error(f"--beams must be from 1 to 64, got {args.beams}")
     for name, given in idle.items():
         if given:
             parser.error(f"{name} does nothing here; leave it out")
@@ -370,7 +376,7 @@ def asked(args, benchmark: Benchmark, questions: list[Question], everything: lis
     about = {"benchmark": args.benchmark, "split": args.split or benchmark.split,
              "model": str(folder), "weights": sum(file.stat().st_mtime_ns for file in
                                                   folder.glob("*.safetensors")),
-             "shots": args.shots, "rices": args.rices}
+             "shots": args.shots, "rices": args.rices, "beams": args.beams}
     name = folder.parent.name if folder.name == "model" else folder.name
     out = Path(args.out or f"out/eval/{args.benchmark}-{name}")
     if out.resolve() == Path(args.data).resolve():
@@ -389,7 +395,8 @@ def asked(args, benchmark: Benchmark, questions: list[Question], everything: lis
         if control:
             some = controlled(everything, control, model.config.vision.image_size)[: len(questions)]
         longest = benchmark.longest if args.shots < 0 else benchmark.brief
-        collect(model, tokenizer, some, document_of, answer_of, longest, path, ranks, control)
+        collect(model, tokenizer, some, document_of, answer_of, longest, path, ranks, control,
+                args.beams)
         known = read_answers(path)
         answers = {q.id: known[q.id] for q in some}
         result = scored(benchmark, some, answers, args.mode == "clean")

@@ -62,8 +62,7 @@ def ask_drawn(model: VisionLanguageModel, tokenizer: Tokenizer, kind: str, n: in
     documents = [chat_document([([picture(s) for s in q.scenes], q.question, None)],
                                tokenizer.chat) for q in questions]
     asked = []
-    answers = [said for first in range(0, n_asked, BATCH)
-               for said in answer_all(model, tokenizer, documents[first : first + BATCH])]
+    answers = answer_all(model, tokenizer, documents, side_by_side=BATCH)
     for q, said in zip(questions, answers, strict=True):
         right = (world.facts(said.answer) == world.facts(q.answer) if kind == "caption"
                  else is_right(kind, said.answer, q.answer))

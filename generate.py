@@ -225,6 +225,7 @@ class Step(NamedTuple):
     token: int
     logprob: float
     hidden: Tensor  # (C,), the state that chose the token
+    last: bool  # the document ends with it
 
 
 @dataclass
@@ -236,6 +237,7 @@ class Writing:
     most: int  # tokens it may write
     draws: random.Random
     written: list[int] = field(default_factory=list)
+    done: bool = False
 
     @property
     def position(self) -> int:
@@ -296,9 +298,10 @@ def generate(model: VisionLanguageModel, source: Batch | Callable[[int], Batch |
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
         for document, token, *rest in zip(chosen, tokens.tolist(), logprobs, hidden, strict=True):
             document.written.append(token)
-            yield Step(document.number, token, *rest)
+            document.done = token in stop or len(document.written) == document.most
+            yield Step(document.number, token, *rest, document.done)
         for slot in reversed(range(len(live))):
-            if live[slot].written[-1] in stop or len(live[slot].written) == live[slot].most:
+            if live[slot].done:
                 last = live.pop()
                 if slot < len(live):
                     live[slot] = last

@@ -23,7 +23,7 @@ from pathlib import Path
 import PIL.Image
 
 import page
-from answering import BATCH, answer_all
+from answering import answer_each
 from chat import (
     Conversation,
     Seen,
@@ -77,6 +77,8 @@ def arguments() -> argparse.Namespace:
     add("--min-new-tokens", type=int, default=0, help="shortest answer")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: words of the answer become "
         "less likely to come again")
+    add("--beams", type=int, default=1, help="search for a likely answer with so many beams "
+        "(captions are commonly compared with 3; the answer appears when it is whole)")
     add("--stop", action="append", default=[], metavar="TEXT", help="the answer ends before this; "
         "may be given several times")
     add("--heatmap", metavar="FILE", help="a picture of where each word of the answer looked")
@@ -131,6 +133,11 @@ def check_numbers(args: argparse.Namespace, parser: Parser) -> None:
         parser.error("--min-new-tokens must be at least 0, and not above --max-new-tokens")
     if not 0 < args.repetition_penalty < math.inf or not all(args.stop):
         parser.error("--repetition-penalty must be above 0 and finite, --stop not empty")
+    if not 1 <= args.beams <= 64:
+        parser.error(f"--beams must be from 1 to 64, got {args.beams}")
+    if args.beams > 1 and (args.temperature or args.repetition_penalty != 1):
+        parser.error("--beams search for the likeliest: give no --temperature or "
+                     "--repetition-penalty with them")
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -179,8 +186,7 @@ def main() -> None:
                  f"{gallery.skipped[0]}")
     conversation = Conversation(
         model, tokenizer, gallery, args.stop, complain, max_new_tokens=args.max_new_tokens,
-        min_new_tokens=args.min_new_tokens, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, seed=args.seed, repetition_penalty=args.repetition_penalty)
+        min_new_tokens=args.min_new_tokens, n_beams=args.beams, **drawing(args))
     for example in examples:
         conversation.tell(*example)
     if args.chat:
@@ -189,6 +195,11 @@ def main() -> None:
     with input_errors():
         answer_lines(args, pictures, asked, conversation) if asked else answer_one(
             args, pictures, conversation)
+
+
+def drawing(args: argparse.Namespace) -> dict:
+    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+                repetition_penalty=args.repetition_penalty)
 
 
 def hint(args: argparse.Namespace) -> None:
@@ -273,21 +284,24 @@ def save_picture(picture: PIL.Image.Image, path: str) -> None:
 
 def answer_lines(args: argparse.Namespace, pictures: list[Seen], asked: list[str],
                  conversation: Conversation) -> None:
-    """Answer every line of --prompts, BATCH of them at a time."""
-    answers = []
-    for first in range(0, len(asked), BATCH):
-        documents = [conversation.prompt(line, pictures) for line in asked[first : first + BATCH]]
-        for said in answer_all(conversation.model, conversation.tokenizer, documents,
-                               max_new_tokens=args.max_new_tokens,
-                               min_new_tokens=args.min_new_tokens, **conversation.options):
-            words = said.answer
-            answers.append(" ".join(words[: ended(words, args.stop)].split()))
+    """Answer every line of --prompts, many side by side; shown in their order."""
+    answers: dict[int, str] = {}
+    documents = (conversation.prompt(line, pictures) for line in asked)
+    n_shown = 0
+    for number, said in answer_each(
+            conversation.model, conversation.tokenizer, documents, n_beams=args.beams,
+            max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
+            **({} if args.beams > 1 else drawing(args))):
+        words = said.answer
+        answers[number] = " ".join(words[: ended(words, args.stop)].split())
+        while n_shown in answers:
             if not args.json:
-                print(printable(answers[-1]), flush=True)
+                print(printable(answers[n_shown]), flush=True)
+            n_shown += 1
     if args.json:
         print(json.dumps({"images": args.image, "answers": [
             {"prompt": line, "answer": answer}
-            for line, answer in zip(asked, answers, strict=True)]}))
+            for line, (_, answer) in zip(asked, sorted(answers.items()), strict=True)]}))
 
 
 def lines_of(name: str) -> list[str]:

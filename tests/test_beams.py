@@ -56,7 +56,7 @@ def test_a_score_is_that_of_the_full_forward_and_does_not_depend_on_neighbours(
     found = search(model, prompts, **options)
     assert found[0].tokens == search(model, prompts[:1], **options)[0].tokens
     for prompt, one in zip(prompts, found, strict=True):
-        assert one.logprob == pytest.approx(score_of(model, prompt, one.tokens), abs=1e-4)
+        assert one.score == pytest.approx(score_of(model, prompt, one.tokens), abs=1e-4)
         assert search(model, [prompt], **options)[0].tokens == one.tokens
 
 
@@ -74,13 +74,13 @@ def test_with_beams_enough_the_best_of_all_answers_is_found(build, penalty):  # 
     answers = [[*some, stop] for n in range(3) for some in product(words, repeat=n)]
     answers += [[*some] for some in product(words, repeat=3)]
     best = max(answers, key=lambda tokens: value(tokens) / len(tokens) ** penalty)
-    assert found.tokens == best and found.logprob == pytest.approx(value(best), abs=1e-4)
+    assert found.tokens == best and found.score == pytest.approx(value(best), abs=1e-4)
 
 
 def test_more_beams_find_likelier_answers_than_greedy_writing(build):  # noqa: F811
     model, prompts = build("latest"), documents(["w" * n + "iw" for n in range(8)])
     one, four = (search(model, prompts, n_beams=n, max_new_tokens=8) for n in (1, 4))
-    gain = torch.tensor([b.logprob - a.logprob for a, b in zip(one, four, strict=True)])
+    gain = torch.tensor([b.score - a.score for a, b in zip(one, four, strict=True)])
     assert gain.mean() > 0.1 and (gain > -1e-4).float().mean() > 0.8
 
 

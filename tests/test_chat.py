@@ -15,8 +15,9 @@ from PIL import Image as Pillow
 import chat
 import page
 import world
+from beams import beam_search
 from chat import MOST_FOUND, Conversation, Seen, Terminal, read_examples, transcript
-from data import encode
+from data import encode, prompts
 from formats import Ret, chat_document
 from gallery import open_gallery
 from generate import Step
@@ -69,12 +70,24 @@ def scripted(monkeypatch):
             for token in next(left):
                 if isinstance(token, BaseException):
                     raise token
-                yield Step(0, token, -0.5, None)
+                yield Step(0, token, -0.5, None, False)
 
         monkeypatch.setattr(chat, "generate", generate)
         return calls
 
     return script
+
+
+def test_with_beams_an_answer_is_what_the_search_finds(tiny):
+    model, tokenizer = tiny
+    conversation = Conversation(model, tokenizer, n_beams=3)
+    seen = Seen("scene.png", world.draw(world.make_scene(3, "test"), 120))
+    answer = said(conversation, "Describe the picture.", seen)
+    batch = prompts([conversation.turns[0].stretches[0].document], tokenizer, model.config, "cpu")
+    (best,) = beam_search(model, batch, n_beams=3, stop=tokenizer.stop_ids,
+                          forbidden=tokenizer.picture_ids)
+    assert conversation.turns[0].stretches[0].ids == best.tokens
+    assert answer == tokenizer.decode(best.tokens[:-1]).strip() != ""
 
 
 # ------------------------------------------------------------------------------ what is remembered

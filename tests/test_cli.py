@@ -79,6 +79,8 @@ BAD = [
     (sample, ["--image", CAT, "--prompt", "<image> or <image>?"], "2 marks for pictures, but 1"),
     (sample, ["--image", CAT, "--min-new-tokens", "200"], "--min-new-tokens"),
     (sample, ["--image", CAT, "--repetition-penalty", "0"], "--repetition-penalty"),
+    (sample, ["--image", CAT, "--beams", "0"], "--beams must be from 1 to 64"),
+    (sample, ["--image", CAT, "--beams", "3", "--temperature", "1"], "give no --temperature"),
     (sample, ["--image", CAT, "--stop", ""], "--stop"),
     (sample, ["--image", CAT, "--prompts", "none.txt"], "none.txt: cannot be read"),
     (sample, ["--image", CAT, "--prompts", "empty.jpg"], "no line with a question"),
@@ -149,6 +151,7 @@ BAD = [
     (train, ["--backend", "cuda"], "--backend"),
     (eval, ["drawn", "--model", "nowhere"], "nowhere: no such folder"),
     (eval, ["drawn", "--questions", "0"], "at least 1"),
+    (eval, ["drawn", "--beams", "3"], "--beams does nothing here"),
 ]
 
 
@@ -233,6 +236,9 @@ def test_prompts_of_a_file_are_answered_as_one_by_one(cli, tmp_path, monkeypatch
     code, out, err = cli(sample, "--image", CAT, "--prompts", tmp_path / "asked.txt")
     alone = [cli(sample, "--image", CAT, "--prompt", one)[1] for one in asked]
     assert code == 0 and out.splitlines(keepends=True) == alone * 6, err
+    _, out, _ = cli(sample, "--image", CAT, "--prompts", tmp_path / "asked.txt", "--beams", 3)
+    searched = [cli(sample, "--image", CAT, "--prompt", one, "--beams", 3)[1] for one in asked]
+    assert out.splitlines(keepends=True) == searched * 6
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(asked[1].encode())))
     code, out, _ = cli(sample, "--image", CAT, "--prompts", "-", "--json")
     assert json.loads(out)["answers"] == [{"prompt": asked[1], "answer": alone[1].strip()}]

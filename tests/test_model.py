@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import generate as generate_module
 from checkpoint import Saver, latest_checkpoint, load_checkpoint
 from data import Encoded, collate
-from generate import choose, generate
+from generate import KVCache, Writer, choose, generate
 from kernels import decode
 from model import (
     ContrastiveHead,
@@ -393,6 +394,41 @@ def test_cached_writing_gives_the_logits_of_the_full_forward(
 
 
 @EVERY_MODEL
+@pytest.mark.parametrize("n_slots", [1, 2, 4])
+def test_where_a_document_ends_the_next_begins_and_none_is_written_otherwise(
+    build, kind, n_slots
+):
+    model, prompts, given = build(kind), documents([*MIXED, "wiwiwiw", "", "iiii", "www"]), []
+
+    def more(n: int):
+        given.append(n)
+        some = prompts[sum(given[:-1]) : sum(given)]
+        return packed(model, *some) if some else None
+
+    options = dict(max_new_tokens=9, stop=(END, *range(0, WORDS, 6)), forbidden=(IMAGE,))
+    written, live = [[] for _ in prompts], set()
+    for step in generate(model, more, n_slots=n_slots, **options):
+        written[step.document].append(step.token)
+        live = live | {step.document} if not step.last else live - {step.document}
+        assert len(live) <= n_slots
+    options.pop("forbidden")
+    assert written == [write(model, [prompt], **options)[0] for prompt in prompts]
+    assert not live and len(given) > len(prompts) / n_slots
+
+
+@EVERY_MODEL
+def test_a_step_reads_nothing_back_from_a_gpu_so_that_it_can_be_recorded(build, use, kind):
+    """On a device without values, where none can be read."""
+    use("triton")
+    with torch.device("meta"), torch.inference_mode():
+        model = VisionLanguageModel(build(kind).config)
+        writer = Writer(model)
+        writer.cache = KVCache(model, 4, 32, 2)
+        hidden = writer._step(torch.zeros(7, 4, dtype=torch.long))
+        assert hidden.shape == (4, model.config.decoder.dim)
+
+
+@EVERY_MODEL
 def test_greedy_writing_is_the_same_every_time_and_beside_any_neighbours(build, kind):
     model, prompts = build(kind), documents(MIXED)
     together = write(model, prompts, max_new_tokens=8)
@@ -693,3 +729,19 @@ def test_a_gpu_computes_what_the_cpu_does_and_keeps_neighbours_apart(build, kind
                 batch.tokens, batch.positions, Span(batch.text_start, end, batch.text_hints),
                 model.image_span(batch), pictures)[: len(one[0].ids)])
     assert torch.equal(*features)
+
+
+@pytest.mark.gpu
+@EVERY_MODEL
+def test_a_recorded_step_writes_what_an_eager_one_does(build, kind, monkeypatch):
+    model, written = deepcopy(build(kind)).to("cuda"), []
+    prompts = [packed(model, prompt).to("cuda") for prompt in documents([*MIXED, "wiwiwiw"])]
+    for eager in (10**6, 0):  # steps before one is recorded
+        monkeypatch.setattr(generate_module, "EAGER_STEPS", eager)
+        source, answers = iter(prompts), [[] for _ in prompts]
+        for step in generate(model, lambda n, source=source: next(source, None), n_slots=3,
+                             max_new_tokens=12, stop=(END, *range(0, WORDS, 9)),
+                             forbidden=(IMAGE,)):
+            answers[step.document].append(step.token)
+        written.append(answers)
+    assert written[0] == written[1]
