@@ -11,7 +11,7 @@ Each document owns a *slot* of the cache: max_len rows for its words and as many
 the prompts need, so its intervals are [slot * max_len, slot * max_len + position + 1) and the like,
 and nothing is padded. A picture's keys and values are computed once, however many words look at
 it. The documents that still go on stand in the first slots: where one ends, the last one moves to
-its place, and new ones are read behind it (continuous refill), a quarter of the slots at a time.
+its place; as soon as half of the slots are free, new ones are read into them (continuous refill).
 
 On CUDA a step is recorded once as a graph and then replayed: thousands of kernels are started as
 one, and Python has nothing to do with it.
@@ -306,7 +306,7 @@ def generate(model: VisionLanguageModel, source: Batch | Callable[[int], Batch |
                 if slot < len(live):
                     live[slot] = last
                     writer.cache.move(len(live), slot)
-        batch = source(n_slots - len(live)) if 4 * len(live) <= 3 * n_slots else None
+        batch = source(n_slots - len(live)) if 2 * len(live) <= n_slots else None
 
 
 def once(batch: Batch) -> Callable[[int], Batch | None]:
