@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from config import UserError
-from kernels import attention, decode, loss, norm, rope
+from kernels import attention, decode, int8, loss, norm, rope
 from kernels.backend import INTERPRETED, next_power_of_2, triton
 from kernels.online_softmax import block_d
 from kernels.swiglu import BLOCK, swiglu_backward_kernel, swiglu_kernel
@@ -33,7 +35,7 @@ FLOATS = ("scale", "dq_scale", "dk_scale", "eps")
 POINTERS = {"start_ptr": "*i32", "end_ptr": "*i32", "seen_ptr": "*i32", "target_ptr": "*i64",
             "lse_ptr": "*fp32", "delta_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32",
             "cos_ptr": "*fp32", "sin_ptr": "*fp32", "loss_ptr": "*fp32", "part_ptr": "*fp32",
-            "dweight_ptr": "*fp32", "dbias_ptr": "*fp32"}
+            "dweight_ptr": "*fp32", "dbias_ptr": "*fp32", "w_ptr": "*i8", "scale_ptr": "*fp32"}
 LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory of a block
 
 
@@ -79,6 +81,13 @@ def builds(arch: int) -> list[Build]:
         out.append(Build(loss.loss_kernel, dict(IGNORE=loss.IGNORE, GRADIENT=gradient,
                                                 BLOCK=loss.BLOCK), 8, 3,
                          f"loss{' and gradient' * gradient}"))
+    out.append(Build(int8.int8_row_kernel, dict(BLOCK_N=int8.LONE_N, BLOCK_K=int8.BLOCK_K), 4, 3,
+                     "int8 one row"))
+    for rows, dtype, of in ((16, "bf16", torch.bfloat16), (32, "bf16", torch.bfloat16),
+                            (64, "bf16", torch.bfloat16), (64, "fp32", torch.float32)):
+        out.append(Build(int8.int8_rows_kernel, dict(
+            BLOCK_M=rows, BLOCK_N=int8.DOT_N, BLOCK_K=int8.dot_k(of)), 4, 4,
+            f"int8 rows {dtype} {rows}", f"*{dtype}"))
     return out
 
 
@@ -121,7 +130,7 @@ def compile_for(build: Build, arch: int) -> dict:
             signature[name] = POINTERS.get(name, build.dtype)
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.endswith("_ptr") or name.startswith("stride_") or name == "C":  # as torch has it
+        if name.endswith("_ptr") or name.startswith("stride_") or name in "CK":  # as torch has it
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=build.kernel, signature=signature, constexprs=build.constants,
                        attrs=attributes)

@@ -30,7 +30,7 @@ _debug = False
 
 
 def set_backend(name: str | None, debug: bool = False) -> None:
-    """Choose the backend of all five functions: one of BACKENDS, or None for the default.
+    """Choose the backend of all functions: one of BACKENDS, or None for the default.
 
     debug: every call also checks the values of its intervals, which waits for the device.
     Raises ValueError for an unknown name, or for "triton" where Triton cannot run.
