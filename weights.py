@@ -50,6 +50,7 @@ from published import (
     published_config,
     rename,
 )
+from quantised import quantise_, quantise_state
 from tokenizer import WRAPPER, Tokenizer
 from vision import LayerNorm, PerceiverResampler
 
@@ -57,6 +58,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.model")
 MOST_NAMELESS = 127  # rows without a name, if they fill a table up to a multiple of 64
 OF_A_LLAMA = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
               "norm_eps", "rope_theta", "max_seq_len")  # the rest of its config is about pictures
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"
 ADVICE = "give a folder that train.py wrote, such as out/tiny/model, or a published model's"
@@ -162,12 +164,15 @@ def override(config: ModelConfig, settings: dict[str, object]) -> ModelConfig:
 # ------------------------------------------------------------------------------- whole models
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu",
-               dtype: torch.dtype | None = None) -> tuple[VisionLanguageModel, Tokenizer]:
-    """Read a folder of ours or a published whole model; dtype None keeps the files' own.
+def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: str = "auto"
+               ) -> tuple[VisionLanguageModel, Tokenizer]:
+    """Read a folder of ours or a published whole model.
 
-    Raises ValueError naming what is missing or does not fit.
+    dtype, one of DTYPES: auto is the files' own; int8 the decoder's layers, for writing only
+    (quantised.py), and all else bf16. Raises ValueError naming what is missing or does not fit.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if not (Path(folder) / "config.json").is_file():
         what = ("is no model folder: config.json is missing" if Path(folder).is_dir() else
                 "is a file, no folder" if Path(folder).exists() else "no such folder")
@@ -176,8 +181,11 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu",
     if checkpoint.parts is not None:
         raise ValueError(f"{folder}: {checkpoint.title}: half a model; put a CLIP and a LLaMA "
                          f"together by `python weights.py convert CLIP LLAMA NEW_FOLDER`")
-    model = filled(checkpoint.check().config, checkpoint.state, dtype)
-    tokenizer = fitting_tokenizer(checkpoint)
+    tokenizer = fitting_tokenizer(checkpoint.check())
+    if dtype == "int8":
+        model = filled_int8(checkpoint.config, checkpoint.state, torch.device(device))
+    else:
+        model = filled(checkpoint.config, checkpoint.state, DTYPES[dtype])
     return model.to(device).eval(), tokenizer
 
 
@@ -226,6 +234,17 @@ def filled(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype | N
     dtype = dtype or main_dtype(state)
     model.load_state_dict({name: t.to(dtype) for name, t in state.items()}, assign=True)
     return model
+
+
+def filled_int8(config: ModelConfig, state: dict[str, Tensor], device: torch.device
+                ) -> VisionLanguageModel:
+    """A model of these tensors, its decoder int8 and on the device; `state` is emptied."""
+    model = shapes(config)
+    state = quantise_state(model, state, device)
+    state = {name: t.to(DTYPES["int8"]) if t.is_floating_point() else t
+             for name, t in state.items()}
+    quantise_(model).load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
 
 
 def main_dtype(state: dict[str, Tensor]) -> torch.dtype:

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "lone": {"kernels", "model"},
     "generate": {"kernels", "model", "lone"},
     "beams": {"model", "generate"},
+    "quantised": {"kernels", "model"},
     "tokenizer": {"config"},  # for its command line
     "world": set(),
     "records": set(),
@@ -40,7 +41,7 @@ MAY_IMPORT = {
                "data", "weights", "config"},
     "containers": set(),
     "published": {"model", "vision", "containers"},
-    "weights": {"model", "vision", "tokenizer", "containers", "published", "config"},
+    "weights": {"model", "quantised", "vision", "tokenizer", "containers", "published", "config"},
     "presets": {"model", "vision"},
     "optim": {"model", "config"},
     "start": {"model", "tokenizer", "world", "records", "formats", "sources", "drawn", "data",

@@ -87,12 +87,12 @@ def test_saving_again_replaces_the_whole_model(folder, tiny_model, tmp_path):
 
 
 def test_weights_are_loaded_in_the_dtype_asked_for(folder, tiny_model):
-    loaded, _ = load_model(folder, dtype=torch.bfloat16)
+    loaded, _ = load_model(folder, dtype="bf16")
     for name, parameter in tiny_model().named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter.bfloat16())
     change_tensors(folder, lambda x: x.update({k: v.bfloat16() for k, v in x.items()}))
     assert load_model(folder)[0].embed.dtype == torch.bfloat16  # unless asked: as in the file
-    assert load_model(folder, dtype=torch.float32)[0].embed.dtype == torch.float32
+    assert load_model(folder, dtype="fp32")[0].embed.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", FILES)
