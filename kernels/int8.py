@@ -73,9 +73,10 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def int8_linear_torch(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.requires_grad:
-        return (F.linear(x, weight.to(x.dtype)) * scale).to(x.dtype)
-    if len(x) == 1 and x.shape[1] % 16 == 0:  # with other widths it reads beyond the row's end
+    quick = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
+    if not quick or x.shape[1] % 16:  # torch's int8 products read beyond the end of odd rows
+        return F.linear(x, (weight * scale.float()[:, None]).to(x.dtype))
+    if len(x) == 1:
         return torch._weight_int8pack_mm(x.contiguous(), weight.contiguous(), scale.to(x.dtype))
     high, low, step = halves(x)
     both = torch._int_mm(torch.cat([high, low]), weight.T).float()  # (2 T, N)
