@@ -9,6 +9,8 @@
     python bench.py data         pictures of tar shards as they come out of the loader, beside
                                  webdataset + Pillow
     python bench.py train        a training step of a small IDEFICS on the CPU, beside transformers
+    python bench.py decode       words written by villa-1b on a CPU, villa-7b on CUDA, or --preset
+                                 NAME, in bf16 and in int8, beside transformers; and by the tiny one
     python bench.py train --preset villa-7b    or what else train.py takes: a step of that run on
                                  the device at hand, beside its limits
 
@@ -37,6 +39,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import bench_data
+import bench_decode
 import bench_train
 from config import Parser, UserError, commit, input_errors, run_main
 from kernels import (
@@ -58,7 +61,7 @@ from weights import filled, read_checkpoint, shapes
 
 def main() -> None:
     parser = Parser(prog="bench.py", description="Measure speed on this machine.")
-    parser.add_argument("what", choices=("kernels", "resources", "load", "data", "train"))
+    parser.add_argument("what", choices=("kernels", "resources", "load", "data", "train", "decode"))
     parser.add_argument("--json", metavar="FILE", help="append the record to this file")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each way of each case [2]")
     parser.add_argument("--case", default="", help="only cases with this in their name")
@@ -69,7 +72,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="load: turns of each way [5]")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="3b", help="load: how large [3b]")
     options, of_preset = parser.parse_known_args()
-    if of_preset and options.what != "train":
+    if of_preset and options.what not in ("train", "decode"):
         raise UserError(f"unrecognized arguments: {' '.join(of_preset)}")
     if not 0 < options.seconds < 3600:
         raise UserError(f"--seconds must be above 0 and below 3600, got {options.seconds}")
@@ -80,7 +83,7 @@ def main() -> None:
     if options.json:
         append(options.json, "")  # before any work is done
     machine, rows = versions(), []
-    if options.what in ("kernels", "train"):
+    if options.what in ("kernels", "train", "decode"):
         machine |= ceilings()
         print("   ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     if options.what == "kernels":
@@ -94,6 +97,9 @@ def main() -> None:
         rows.append(bench_train.of_preset(options.seconds, of_preset))
     elif options.what == "train":
         rows += bench_train.train(options.seconds, options.case)
+    if options.what == "decode":
+        rows += bench_decode.decode(options.seconds, options.case, of_preset,
+                                    machine["copy_gb_s"])
     if options.what == "resources" or (gpu_is_missed and options.what == "kernels"):
         rows += resources()
     if options.json:

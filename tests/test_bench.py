@@ -16,7 +16,10 @@ from PIL import Image
 
 import bench
 import bench_data
+import bench_decode
 import bench_train
+import weights
+from presets import preset_model
 from tests.parity import table
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +200,56 @@ def test_a_presets_step_is_measured_beside_its_plan(cli, tmp_path):
         assert row["mfu"] > 0 and row["memory_gb"] > 0 and row["planned_gb"] > 0
         assert row["tokens"] == row["samples"] * {"1": 80, "2": 300}[stage]
         assert "samples/s" in printed
+
+
+@pytest.fixture
+def few_words(monkeypatch):
+    for name, n in (("N_PROMPT", 12), ("N_NEW", 5), ("MIN_TURNS", 1)):
+        monkeypatch.setattr(bench_decode, name, n)
+    monkeypatch.setattr(bench, "ceilings", lambda: {"copy_gb_s": 10.0})
+
+
+def test_writing_is_measured_beside_transformers_and_the_speed_of_a_copy(
+        cli, tmp_path, few_words):
+    pytest.importorskip("transformers")
+    out = tmp_path / "record.jsonl"
+    code, printed, err = cli(bench, "decode", "--preset", "villa-1b", "--shrink", "64", "--seconds",
+                             "0.01", "--json", out)
+    assert code == 0, err
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"] for row in rows if "tiny" not in row["case"]] == [
+        f"decode, villa-1b, {what}, {n} at once"
+        for n in ((1, 16) if torch.cuda.is_available() else (1,)) for what in ("text", "a picture")]
+    for row in rows:
+        assert row["case"] in printed and "int8" in row["tokens_s"] and row["int8_ratio"] > 0
+        assert all(0 < low <= middle <= high for low, middle, high in row["seconds"].values())
+        assert row["bytes"]["int8"] < max(row["bytes"].values())
+        assert ("transformers" in row["tokens_s"]) == ("text" in row["case"]) == ("ratio" in row)
+    assert rows[0]["bytes"]["bf16"] < rows[1]["bytes"]["bf16"]  # a picture's blocks and its keys
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_peer_is_given_the_same_weights_and_the_same_prompts(n, few_words):
+    pytest.importorskip("transformers")
+    config = preset_model("villa-1b", 64)
+    state = bench_decode.random_state(config, torch.device("cpu"))
+    theirs = bench_decode.llama(config, state, torch.device("cpu"))
+    batch = bench_decode.random_prompts(config, n, picture=False)
+    ours = weights.filled(config, state).eval()
+    last = (batch.positions == bench_decode.N_PROMPT - 1).nonzero()[:, 0]
+    with torch.no_grad():
+        right = theirs(batch.tokens.view(n, -1)).logits[:, -1].float()
+        found = ours.next_logits(batch, last)[:, : config.decoder.vocab_size]
+    torch.testing.assert_close(found, right, rtol=0.05, atol=0.03 * float(right.abs().max()))
+    for way in (bench_decode.ours(ours, batch), bench_decode.peer(theirs, batch)):
+        taken = way()
+        assert taken == sorted(taken) and len(taken) in (2, bench_decode.N_NEW)
+
+
+def test_a_case_or_a_preset_that_is_not_known_is_refused_by_decode(cli, few_words):
+    for flags, says in ((("--case", "poem"), "choose a part of"), (("--preset", "gpt"), "gpt")):
+        code, _, err = cli(bench, "decode", "--seconds", "0.01", *flags)
+        assert code == 2 and says in err and err.count("\n") == 1
 
 
 def test_the_readme_shows_the_recorded_training_steps_and_the_recorded_climb():

@@ -76,8 +76,10 @@ MAY_IMPORT = {
     "bench_data": {"vision", "model", "records", "sources", "augment", "data", "weights"},
     "bench_train": {"kernels", "model", "data", "weights", "presets", "config", "optim", "parallel",
                     "plan", "watch"},
+    "bench_decode": {"vision", "model", "generate", "data", "formats", "presets", "published",
+                     "weights", "config"},
     "bench": {"kernels", "vision", "model", "published", "weights", "config", "resources",
-              "bench_data", "bench_train"},
+              "bench_data", "bench_train", "bench_decode"},
 }
 OURS = set(MAY_IMPORT)
 THIRD_PARTY = {"torch", "numpy", "sentencepiece", "PIL", "triton", "safetensors", "tqdm"}
