@@ -40,7 +40,7 @@ from kernels.backend import (
 MAX_ROWS = 64  # beyond, a product by weights written out is as fast
 BLOCK_K = 64 if INTERPRETED else 512  # of the lone row, which is summed in this many places
 LONE_N, DOT_N = 8, 32
-AT_ONCE = 2**18  # weights that are quantised together: what is in between stays in the cache
+AT_ONCE = 2**16  # weights that are quantised together: what is in between stays in the cache
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
