@@ -45,18 +45,20 @@ def quantise_(model: VisionLanguageModel) -> VisionLanguageModel:
 
 def quantise_state(model: VisionLanguageModel, state: dict[str, Tensor], device: torch.device
                    ) -> dict[str, Tensor]:
-    """A model's tensors as quantise_(model) names them, those of int8 layers on the device.
+    """A model's tensors as quantise_(model) names them, on the device; all but int8 is bf16.
 
-    Tensor by tensor, and `state` is emptied on the way: no more than one is in memory twice.
+    Tensor by tensor, and `state` is emptied on the way: no more than one is in memory twice. All
+    are copied, also those of bf16, so that no file stays mapped for the sake of a norm.
     """
     layers = {f"{name}.weight": name for name in linear_layers(model)}
     made = {}
     for name in list(state):
         tensor = state.pop(name)
         if name in layers:
-            made[name], made[f"{layers[name]}.scale"] = quantise(tensor.to(device))
+            made[name], scale = quantise(tensor.to(device))
+            made[f"{layers[name]}.scale"] = scale.bfloat16()  # exact
         else:
-            made[name] = tensor
+            made[name] = tensor.to(device, torch.bfloat16, copy=True)
     return made
 
 

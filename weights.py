@@ -58,7 +58,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.model")
 MOST_NAMELESS = 127  # rows without a name, if they fill a table up to a multiple of 64
 OF_A_LLAMA = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
               "norm_eps", "rope_theta", "max_seq_len")  # the rest of its config is about pictures
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"
 ADVICE = "give a folder that train.py wrote, such as out/tiny/model, or a published model's"
@@ -238,11 +238,9 @@ def filled(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype | N
 
 def filled_int8(config: ModelConfig, state: dict[str, Tensor], device: torch.device
                 ) -> VisionLanguageModel:
-    """A model of these tensors, its decoder int8 and on the device; `state` is emptied."""
+    """A model of these tensors on the device, its decoder int8; `state` is emptied."""
     model = shapes(config)
     state = quantise_state(model, state, device)
-    state = {name: t.to(DTYPES["int8"]) if t.is_floating_point() else t
-             for name, t in state.items()}
     quantise_(model).load_state_dict(state, assign=True)
     return model.requires_grad_(False)
 

@@ -330,7 +330,6 @@ def test_greedy_answers_are_those_of_fp32_but_where_two_words_are_all_but_equal(
 
 
 if __name__ == "__main__":  # the numbers in LOG.md
-    torch.set_num_threads(2)
     fp32, int8_model = load_model(BUILT_IN), load_model(BUILT_IN, dtype="int8")[0]
     bf16 = load_model(BUILT_IN, dtype="bf16")[0]
     unseen = drawn_batches(*fp32, 250)
