@@ -268,7 +268,7 @@ def test_the_loss_on_unseen_documents_is_within_a_hundredth_of_that_in_fp32(exac
 
 @torch.no_grad()
 def error_of(exact, rounded, batches) -> float:
-    """The largest difference that int8 makes to any logit."""
+    """The largest difference that rounding makes to any logit."""
     return max(float((rounded.next_logits(b, b.target_rows) - exact.next_logits(b, b.target_rows)
                       ).abs().max()) for b in batches)
 
@@ -308,7 +308,7 @@ def margin(model, tokenizer, document, written: list[int]) -> float:
 
 
 def margins_where_they_part(exact, rounded, n: int) -> list[float]:
-    """Of n questions, side by side and alone: fp32's margin at the first other word of int8."""
+    """Of n questions, side by side and alone: fp32's margin at the first word that differs."""
     documents = questions(*exact, n)
     right = greedy(*exact, documents)
     found = greedy(rounded, exact[1], documents)
@@ -322,7 +322,9 @@ def margins_where_they_part(exact, rounded, n: int) -> list[float]:
     return margins
 
 
-def test_greedy_answers_are_those_of_fp32_but_where_two_words_are_all_but_equal(exact, rounded):
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_greedy_answers_are_those_of_fp32_but_where_two_words_are_all_but_equal(exact, dtype):
+    rounded = load_model(BUILT_IN, dtype=dtype)[0]
     error = error_of(exact[0], rounded, drawn_batches(*exact, N_SAMPLES))
     margins = margins_where_they_part(exact, rounded, N_SAMPLES)
     assert len(margins) <= N_SAMPLES / 5  # a tenth of all
