@@ -27,6 +27,7 @@ import PIL.Image
 
 import page
 from beams import beam_search
+from config import one_line, printable
 from data import encode, prompts
 from formats import Document, Image, Ret, Text, asking
 from gallery import Gallery, wish
@@ -266,7 +267,8 @@ def transcript(conversation: Conversation, blocks: Sequence[int] | None = None) 
     vision = conversation.model.config.vision
 
     def shown(seen: Seen) -> page.Shown:
-        return page.Shown(seen.path, seen.score, seen_part(seen.picture.size, vision))
+        name = os.path.basename(seen.path)
+        return page.Shown(seen.picture, seen.score, seen_part(seen.picture.size, vision), name)
 
     turns = []
     for turn in conversation.turns:
@@ -400,11 +402,14 @@ class Terminal:
         print(f"({one_line(line)})", flush=True)
 
     def answer(self, question: str) -> None:
-        with closing(self.conversation.ask(question, self.waiting)) as pieces:
-            self.waiting = []
-            print_answer(pieces, "Assistant:")
-        if self.save:
-            page.write(self.save, transcript(self.conversation, self.blocks))
+        pieces = self.conversation.ask(question, self.waiting)
+        self.waiting = []
+        try:
+            with closing(pieces):
+                print_answer(pieces, "Assistant:")
+        finally:  # also what was said of one that is stopped
+            if self.save:
+                page.write(self.save, transcript(self.conversation, self.blocks))
 
     def command(self, name: str, rest: str) -> None:
         named = rest.strip()
@@ -467,17 +472,3 @@ def print_answer(pieces: Iterable[str | Seen], speaker: str = "") -> None:
         print((" " if gap else "") + printable(piece), end="", flush=True)
         before, apart = piece, is_picture
     print(flush=True)
-
-
-def printable(text: str) -> str:
-    """Text without what could steer a terminal: control and direction marks, escapes.
-
-    >>> printable("a\\x1b[31m cat\\u202e")
-    'a[31m cat'
-    """
-    return "".join(c if c == "\n" or c.isprintable() else " " * c.isspace() for c in text)
-
-
-def one_line(text: object) -> str:
-    """Of a file's name, or of what is wrong with it."""
-    return printable(str(text).replace("\n", " "))

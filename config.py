@@ -307,7 +307,21 @@ def run_main(main: typing.Callable[[], None]) -> None:
 
 
 def complain(error: UserError) -> None:
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {one_line(error)}\n")
+
+
+def printable(text: str) -> str:
+    """Text without what could steer a terminal: control and direction marks, escapes.
+
+    >>> printable("a\\x1b[31m cat\\u202e")
+    'a[31m cat'
+    """
+    return "".join(c if c == "\n" or c.isprintable() else " " * c.isspace() for c in text)
+
+
+def one_line(text: object) -> str:
+    """Of a file's name, or of what is wrong with it."""
+    return printable(str(text).replace("\n", " "))
 
 
 def check_split(config: TrainConfig, n_ranks: int) -> None:

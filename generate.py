@@ -116,10 +116,10 @@ class Writer:
 
     def read(self, batch: Batch, slot: int, n_slots: int, new_tokens: int) -> list[Prompt]:
         """Read all documents of a batch into slots from `slot` on; each may grow by new_tokens."""
-        start, image_start = batch.text_start.tolist(), batch.image_start.tolist()
-        image_end, positions = batch.image_end.tolist(), batch.positions.tolist()
-        first = [row for row, place in enumerate(positions) if not place]
-        last = [*(row - 1 for row in first[1:]), len(start) - 1]
+        positions, image_start, image_end = (
+            x.tolist() for x in (batch.positions, batch.image_start, batch.image_end))
+        first = [row for row, position in enumerate(positions) if not position]
+        last = [*(row - 1 for row in first[1:]), len(positions) - 1]
         lengths = [positions[row] + 1 for row in last]
         most = self.model.config.decoder.max_seq_len
         if max(lengths) >= most:

@@ -16,6 +16,7 @@ import io
 import math
 import os
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,10 +52,7 @@ class Shown:
     picture: str | Path | Image.Image
     score: float | None = None  # a gallery's: how well it fits
     frame: Frame = WHOLE  # the part of it that the model sees, where the maps belong
-
-    @property
-    def name(self) -> str:
-        return "" if isinstance(self.picture, Image.Image) else Path(self.picture).name
+    name: str = ""  # default: the file's
 
 
 @dataclass
@@ -87,7 +85,10 @@ def escaped(text: str) -> str:
 
 def picture_html(shown: Shown, number: int) -> str:
     """A figure with an empty canvas over the part that the model sees."""
-    name, (left, top, width, height) = escaped(shown.name), shown.frame
+    (left, top, width, height), name = shown.frame, shown.name
+    if not name and not isinstance(shown.picture, Image.Image):
+        name = Path(shown.picture).name
+    name = escaped(name)
     try:
         picture = open_image(shown.picture)
     except PictureError:  # a gallery's may be gone by now, and the words are worth keeping
@@ -253,5 +254,6 @@ def write(path: str | Path, turns: list[Turn], title: str = "A conversation") ->
         unfinished.write_text(page(turns, title), encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None

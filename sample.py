@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import PIL.Image
@@ -30,14 +31,20 @@ from chat import (
     Terminal,
     Turn,
     ended,
-    one_line,
     print_answer,
-    printable,
     read_examples,
     transcript,
     words_with_maps,
 )
-from config import Parser, input_errors, pick_device, run_main, writing
+from config import (
+    Parser,
+    input_errors,
+    one_line,
+    pick_device,
+    printable,
+    run_main,
+    writing,
+)
 from gallery import open_gallery
 from looking import block_names, draw_boxes, seen_part, strip, words_of
 from records import unfinished
@@ -108,8 +115,10 @@ def check_what_is_asked(args: argparse.Namespace, parser: Parser) -> None:
             parser.error(f"--{name} and --{both[0]}: give one of them")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty: ask something, or leave it out for a caption")
-    if not (args.image or args.prompt is not None or args.prompts or args.chat):
+    if not (args.image or args.prompt is not None or args.prompts is not None or args.chat):
         parser.error("nothing to do: give --image FILE, --prompt TEXT or both, or --chat")
+    if sys.stdin is None and (args.chat or args.prompts == "-"):
+        parser.error("standard input is closed: questions come from there")
     for name in ("heatmap", "draw"):
         if getattr(args, name) is not None and not args.image and not args.gallery:
             parser.error(f"--{name} needs a picture: give --image FILE or --gallery FOLDER")
@@ -142,22 +151,28 @@ def check_numbers(args: argparse.Namespace, parser: Parser) -> None:
                      "--repetition-penalty with them")
 
 
-def check_files(args: argparse.Namespace) -> None:
+def check_files(args: argparse.Namespace, examples: Sequence[tuple] = ()) -> None:
     """ValueError unless all that is to be written can be, without harm to what is read."""
     if args.gallery is not None and not os.path.isdir(args.gallery):
         raise ValueError(f"--gallery {args.gallery}: no such folder; give a folder of pictures")
-    taken = {os.path.realpath(path) for path in (*args.image, args.few_shot, args.prompts) if path}
+    shown = [seen.path for _, pictures, _ in examples for seen in pictures]
+    taken = {os.path.realpath(path)
+             for path in (*args.image, *shown, args.few_shot, args.prompts) if path}
+    folders = [os.path.join(os.path.realpath(folder), "")
+               for folder in (args.gallery, args.model or BUILT_IN) if folder]
     for name in FILES:
         path = getattr(args, name)
         if path is None:
             continue
         real, folder = os.path.realpath(path), os.path.dirname(path) or "."
-        if not path or os.path.isdir(path):
+        if not path:
+            raise ValueError(f"--{name} is empty: give a file's name")
+        if os.path.isdir(path):
             raise ValueError(f"--{name} {path}: is a folder; give a file's name")
         if not os.path.isdir(folder):
             raise ValueError(f"--{name} {path}: there is no folder {folder}; make it first")
-        inside = args.gallery and real.startswith(os.path.join(os.path.realpath(args.gallery), ""))
-        if real in taken or inside and os.path.exists(path):
+        inside = real.startswith(tuple(folders)) and os.path.exists(path)
+        if real in taken or inside:
             raise ValueError(f"--{name} {path}: is read, or written, already; choose another name")
         taken.add(real)
         if name != "save" and not writable_format(path):
@@ -175,9 +190,10 @@ def writable_format(path: str) -> str:
 def main() -> None:
     args = arguments()
     with input_errors():
-        pictures = [Seen(path, open_image(path, rgb=False)) for path in args.image]
         examples = read_examples(args.few_shot) if args.few_shot is not None else []
-        asked = lines_of(args.prompts) if args.prompts else []
+        check_files(args, examples)  # again: they have pictures
+        pictures = [Seen(path, open_image(path, rgb=False)) for path in args.image]
+        asked = lines_of(args.prompts) if args.prompts is not None else {}
     device = pick_device(args.device)
     with input_errors():
         model, tokenizer = load_model(args.model or BUILT_IN, device, args.dtype)
@@ -252,25 +268,29 @@ def as_json(turn: Turn) -> dict:
 
 
 def write_files(args: argparse.Namespace, conversation: Conversation, turn: Turn) -> None:
-    """--save, --draw and --heatmap of an answer. ValueError if it has nothing to draw."""
+    """--save, --draw and --heatmap of an answer; of one without anything to draw only a line."""
     vision, seen = conversation.model.config.vision, turn.pictures + turn.found
     if args.save:
         page.write(args.save, transcript(conversation, args.heatmap_blocks))
-    if (args.heatmap or args.draw) and not seen:
-        raise ValueError("the model has found no picture, so there is none to draw on")
     if args.draw:
-        picture = to_rgb(seen[-1].picture)
-        drawn, n = draw_boxes(picture, turn.words, seen_part(picture.size, vision))
-        save_picture(drawn, args.draw)
-        if not n:
-            complain(f"{args.draw}: the answer names no box")
+        n_boxes = 0
+        if seen:
+            picture = to_rgb(seen[-1].picture)
+            drawn, n_boxes = draw_boxes(picture, turn.words, seen_part(picture.size, vision))
+        if n_boxes:
+            save_picture(drawn, args.draw)
+        else:
+            complain(f"{args.draw}: not written, the answer names no box in a picture")
     if args.heatmap:
         words = [word for stretch in turn.stretches
                  for word in words_with_maps(conversation, stretch, args.heatmap_blocks)]
         n_maps = max((len(word.maps) for word in words), default=0)
         for word in words:  # one in front of a picture has not looked at it
             word.maps += [0 * map for map in word.maps[:1]] * (n_maps - len(word.maps))
-        save_picture(strip([one.picture for one in seen], words, vision), args.heatmap)
+        if n_maps:
+            save_picture(strip([one.picture for one in seen], words, vision), args.heatmap)
+        else:
+            complain(f"{args.heatmap}: not written, the answer has no word that saw a picture")
 
 
 def save_picture(picture: PIL.Image.Image, path: str) -> None:
@@ -284,12 +304,16 @@ def save_picture(picture: PIL.Image.Image, path: str) -> None:
 # ------------------------------------------------------------------------------- many questions
 
 
-def answer_lines(args: argparse.Namespace, pictures: list[Seen], asked: list[str],
+def answer_lines(args: argparse.Namespace, pictures: list[Seen], asked: dict[int, str],
                  conversation: Conversation) -> None:
     """Answer every line of --prompts, many side by side; shown in their order."""
     answers: dict[int, str] = {}
-    documents = (conversation.prompt(line, pictures) for line in asked)
-    n_shown = 0
+    documents, n_shown = [], 0
+    for number, line in asked.items():
+        try:
+            documents.append(conversation.prompt(line, pictures))
+        except ValueError as error:
+            raise ValueError(f"--prompts {args.prompts}: line {number}: {error}") from None
     for number, said in answer_each(
             conversation.model, conversation.tokenizer, documents, n_beams=args.beams,
             max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
@@ -303,11 +327,12 @@ def answer_lines(args: argparse.Namespace, pictures: list[Seen], asked: list[str
     if args.json:
         print(json.dumps({"images": args.image, "answers": [
             {"prompt": line, "answer": answer}
-            for line, (_, answer) in zip(asked, sorted(answers.items()), strict=True)]}))
+            for line, (_, answer) in zip(asked.values(), sorted(answers.items()), strict=True)]}))
 
 
-def lines_of(name: str) -> list[str]:
-    """The lines of a file, or of standard input, that have words. ValueError if there are none."""
+def lines_of(name: str) -> dict[int, str]:
+    """The lines of a file, or of standard input, that have words, by their numbers. ValueError if
+    there are none."""
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
@@ -315,7 +340,7 @@ def lines_of(name: str) -> list[str]:
     lines = content.decode("utf-8-sig", errors="replace").split("\n")
     if not any(map(str.strip, lines)):
         raise ValueError(f"--prompts {name}: has no line with a question")
-    return [line.strip() for line in lines if line.strip()]
+    return {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
 
 
 if __name__ == "__main__":

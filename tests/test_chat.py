@@ -260,9 +260,10 @@ def test_a_transcript_has_words_maps_and_pictures_in_order(tiny, gallery):
     [*conversation.ask("What is in <image>, and in <image>?", [a, b])]
     turns = transcript(conversation)
     assert [turn.speaker for turn in turns] == ["User", "Assistant"] * 3
-    order = [[part.picture if isinstance(part, page.Shown) else getattr(part, "text", part)
+    order = [[part.name if isinstance(part, page.Shown) else getattr(part, "text", part)
               for part in turn.parts] for turn in turns]
-    assert order[:2] == [[REQUEST], [found.path]] and turns[1].parts[0].score == found.score
+    assert order[:2] == [[REQUEST], [Path(found.path).name]]
+    assert turns[1].parts[0].score == found.score and turns[2].parts[0].picture is a.picture
     assert order[2:4] == [["red.png", "blue.png", "In front."], ["yes"]]
     assert order[4] == ["What is in ", "red.png", ", and in ", "blue.png", "?"]
     assert "".join(order[5]) == conversation.turns[2].words != ""
@@ -315,11 +316,14 @@ def test_nothing_steers_the_terminal(tiny, talk, scripted):
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tiny, talk, scripted):
     _, t = tiny
-    scripted([*t.encode("a red"), KeyboardInterrupt()], [*t.encode("yes"), t.end_id])
+    scripted([*t.encode("a red"), KeyboardInterrupt()], [*t.encode("yes"), t.end_id],
+             [*t.encode("a blue"), KeyboardInterrupt()])
     conversation = Conversation(*tiny)
-    out = talk(conversation, "What?\nReally?\n")
-    assert out == "User: What?\nAssistant: a red\n(stopped)\nUser: Really?\nAssistant: yes\n"
-    assert [turn.words for turn in conversation.turns] == ["a red", "yes"]
+    out = talk(conversation, "What?\nReally?\nAnd?\n", save="all.html")
+    assert out == ("User: What?\nAssistant: a red\n(stopped)\nUser: Really?\nAssistant: yes\n"
+                   "User: And?\nAssistant: a blue\n(stopped)\n")
+    assert [turn.words for turn in conversation.turns] == ["a red", "yes", "a blue"]
+    assert "blue" in Path("all.html").read_text()
 
 
 def test_at_the_prompt_ctrl_c_is_a_hint_and_ctrl_d_the_end(tiny, capsys, monkeypatch):
@@ -354,7 +358,8 @@ def test_a_page_is_written_after_every_answer_and_over_nothing_else(tiny, talk, 
     Path("there.html").write_text("mine")
     scripted(*[[*t.encode(word), t.end_id] for word in ("one", "two", "three")])
     out = talk(Conversation(*tiny), "a?\n/save there.html\n/save no/x.html\n/save b.html\nb?\n"
-               "/save b.html\nc?\n", save="all.html")
+               f"/save b.html\n/save {'a' * 300}.html\nc?\n", save="all.html")
+    assert out.count("cannot be written: File name too long") == 1
     assert out.count("is there already") == 1 and out.count("there is no folder no") == 1
     assert out.count("(b.html: written)") == 2 and Path("there.html").read_text() == "mine"
     assert "three" in Path("all.html").read_text()

@@ -6,6 +6,7 @@ pytest tests/test_cli.py
 import doctest
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -24,7 +25,7 @@ import generate
 import sample
 import train
 import world
-from weights import save_model
+from weights import BUILT_IN, save_model
 
 ROOT = Path(__file__).parent.parent
 CAT = str(ROOT / "cat.jpg")
@@ -294,10 +295,11 @@ def test_what_the_readme_asks_is_answered_and_the_talk_it_shows_is_what_is_print
 
 def test_a_picture_as_an_answer_is_a_path_in_the_text_and_an_entry_in_json(shop, cli):
     asked = ["--gallery", "out/photos", "--prompt", "Show me a red cat in the middle."]
-    code, out, _ = cli(sample, *asked, "--draw", "drawn.png", "--save", "page.html")
+    code, out, err = cli(sample, *asked, "--draw", "a.png", "--heatmap", "b.png", "--save",
+                         "page.html")
     path, score = re.fullmatch(r"\[(.*), (0\.\d\d)\]\n", out).groups()
     assert code == 0 and path == str(Path("out/photos/161.png"))
-    assert Image.open("drawn.png").size == Image.open(path).size
+    assert err.count("not written") == 2 and not {"a.png", "b.png"} & {*os.listdir()}
     assert "161.png" in Path("page.html").read_text()
     answer = json.loads(cli(sample, *asked, "--json")[1])
     (entry,) = answer["pictures"]
@@ -312,8 +314,36 @@ def test_files_of_a_gallery_that_cannot_be_read_are_counted(shop, cli):
 
 def test_an_answer_without_words_or_pictures_has_nothing_to_draw(shop, cli):
     code, _, err = cli(sample, "--gallery", "out/photos", "--prompt", "Is there a cat?",
-                       "--draw", "b.png")
-    assert code == 2 and "no picture" in err.splitlines()[-1] and not Path("b.png").exists()
+                       "--draw", "b.png", "--heatmap", "c.png")
+    assert code == 0 and err.count("not written") == 2
+    assert not Path("b.png").exists() and not Path("c.png").exists()
+
+
+def test_no_file_that_is_read_is_written_over(shop, cli):
+    shutil.copytree(BUILT_IN, "mine")
+    Path("few.txt").write_text("image: seen.png\nquestion: What?\nanswer: a cat\n")
+    Image.new("RGB", (60, 60)).save("seen.png")
+    before = contents(Path())
+    for flags in (["--model", "mine", "--save", "mine/config.json"],
+                  ["--few-shot", "few.txt", "--draw", "seen.png"]):
+        code, out, err = cli(sample, "--image", CAT, *flags)
+        assert (code, out, err.count("\n")) == (2, "", 1) and "choose another name" in err
+    assert contents(Path()) == before
+
+
+def test_a_line_that_cannot_be_asked_is_named_before_any_is_answered(cli, tmp_path):
+    (tmp_path / "asked.txt").write_text(f"What?\n\n{'cat ' * 2000}\nWhere?\n")
+    code, out, err = cli(sample, "--image", CAT, "--prompts", tmp_path / "asked.txt")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "asked.txt: line 3: the prompt" in err
+
+
+def test_what_is_wrong_does_not_steer_the_terminal_and_a_closed_input_is_said(cli, monkeypatch):
+    code, _, err = cli(sample, "--image", "no\x1b[31m.jpg")
+    assert code == 2 and "\x1b" not in err and "no such file" in err
+    monkeypatch.setattr("sys.stdin", None)
+    for asked in (["--chat"], ["--prompts", "-"]):
+        code, _, err = cli(sample, "--image", CAT, *asked)
+        assert code == 2 and "standard input is closed" in err
 
 
 def test_a_model_without_contrastive_head_has_no_gallery(shop, cli, tiny_model, tokenizer):
