@@ -84,6 +84,8 @@ def beam_search(model: VisionLanguageModel, batch: Batch, *, n_beams: int = 3,
     long for the model.
     """
     writer, n_documents = Writer(model), int((batch.positions == 0).sum())
+    if max_new_tokens < 1:
+        return [Beam([], [])] * n_documents
     prompts = writer.read(batch, 0, n_documents * n_beams, max_new_tokens)
     never, ends = (torch.tensor(ids, dtype=torch.long, device=writer.device)
                    for ids in (forbidden, stop))

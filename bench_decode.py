@@ -11,7 +11,7 @@ without an end, alone and (on CUDA) sixteen at once:
 
 One word reads all weights of the decoder once, so a way's limit is its bytes by the speed at which
 memory is copied, measured in the same run; `share` is how much of that speed it reaches. Timed are
-the words behind the first one, whose pass reads the prompt. `tiny` is the model that ships here.
+the words behind the first one, whose pass reads the prompt. The built-in model comes last.
 """
 
 import random
@@ -38,6 +38,7 @@ TOGETHER = 16
 MIN_TURNS = 3
 BOS = 1
 QUESTION = "What is in the picture?"
+BUILT_IN_CASE = "built-in model"
 
 Way = Callable[[], list[float]]  # writes N_NEW words a document; when each of them was there
 
@@ -50,12 +51,19 @@ def decode(seconds: float, only: str, flags: list[str], copy_gb_s: float) -> lis
     parser.add_argument("--preset", choices=[*PRESETS], default=usual)
     parser.add_argument("--shrink", type=int, default=1)
     args = parser.parse_args(flags)
+    if args.shrink < 1:
+        parser.error(f"--shrink must be at least 1, got {args.shrink}")
+    config = preset_model(args.preset, args.shrink)
+    if config.decoder.head_dim % 2:
+        parser.error(f"--shrink {args.shrink}: heads of {config.decoder.head_dim} numbers, but "
+                     f"RoPE turns pairs; take a power of 2")
+    shape = args.preset + (args.shrink > 1) * f" shrunk by {args.shrink}"
     device, rows = torch.device("cuda" if on_gpu else "cpu"), []
-    cases = [(f"{args.preset}, {what}, {n} at once", what == "a picture", n)
+    cases = [(f"{shape}, {what}, {n} at once", what == "a picture", n)
              for n in ((1, TOGETHER) if on_gpu else (1,)) for what in ("text", "a picture")]
     asked = [case for case in cases if only in case[0]]
     if asked:
-        models, peers = contestants(preset_model(args.preset, args.shrink), device)
+        models, peers = contestants(config, device)
         for name, picture, n in asked:
             batch = random_prompts(models["bf16"].config, n, picture).to(device)
             ways = {way: ours(model, batch) for way, model in models.items()}
@@ -66,10 +74,11 @@ def decode(seconds: float, only: str, flags: list[str], copy_gb_s: float) -> lis
             rows.append(row_of(f"decode, {name}", measure(ways, seconds), n, bytes_read,
                                copy_gb_s))
         del models, peers
-    if only in "tiny":
-        rows += tiny(seconds, copy_gb_s, device)
+    if only in BUILT_IN_CASE:
+        rows += built_in(seconds, copy_gb_s, device)
     if not rows:
-        raise UserError(f"--case {only}: choose a part of {', '.join([c[0] for c in cases])}, tiny")
+        names = "; ".join([*(case[0] for case in cases), BUILT_IN_CASE])
+        raise UserError(f"--case {only}: choose a part of one of: {names}")
     return rows
 
 
@@ -240,7 +249,7 @@ def row_of(case: str, times: dict[str, list[float]], n: int, bytes_read: dict[st
 # ----------------------------------------------------------------------------- the built-in model
 
 
-def tiny(seconds: float, copy_gb_s: float, device: torch.device) -> list[dict]:
+def built_in(seconds: float, copy_gb_s: float, device: torch.device) -> list[dict]:
     """The model that ships here, as it is saved and int8: one question, and sixteen at once."""
     rows, picture = [], open_image(BUILT_IN.parent.parent / "cat.jpg", rgb=False)
     models = {dtype: load_model(BUILT_IN, device, dtype) for dtype in ("fp32", "int8")}
@@ -251,6 +260,6 @@ def tiny(seconds: float, copy_gb_s: float, device: torch.device) -> list[dict]:
             batch = prompts([document] * n, tokenizer, model.config, device)
             ways[dtype] = ours(model, batch)
             bytes_read[dtype] = bytes_of_a_step(model, n, True)
-        rows.append(row_of(f"decode, tiny, {n} at once", measure(ways, seconds), n, bytes_read,
-                           copy_gb_s))
+        rows.append(row_of(f"decode, {BUILT_IN_CASE}, {n} at once", measure(ways, seconds), n,
+                           bytes_read, copy_gb_s))
     return rows

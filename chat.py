@@ -105,7 +105,8 @@ class Conversation:
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.n_beams = n_beams
         self.turns: list[Turn] = []
-        self.forgotten = 0  # of the turns: the first ones are no longer read
+        self.forgotten = 0  # of the turns: the first ones are no longer read;
+        self.told = 0  # of so many that has been said
 
     def forget(self) -> None:
         """Begin anew; what was said stays in the transcript."""
@@ -180,7 +181,9 @@ class Conversation:
         return self.max_new_tokens - sum(len(stretch.ids) for stretch in turn.stretches)
 
     def _tell_forgotten(self, before: int) -> None:
-        if n := self.forgotten - before:
+        n = self.forgotten - max(before, self.told)
+        self.told = max(self.told, self.forgotten)
+        if n > 0:
             self.note(f"the oldest {n} turns no longer fit, and are forgotten" if n > 1 else
                       "the oldest turn no longer fits, and is forgotten")
 
@@ -193,9 +196,10 @@ class Conversation:
                 return self.note(str(error))
             yield turn.answer[-1]
             before = self.forgotten
-            if self._fit() or not self._tokens_left(turn):  # no place, or no word, is left
-                return
+            full = self._fit()
             self._tell_forgotten(before)
+            if full or not self._tokens_left(turn):  # no place, or no word, is left
+                return
 
     def _write(self, turn: Turn, began: float) -> Iterator[str]:
         """Words up to the end or a <ret>; returns whether it was a <ret>."""
@@ -221,6 +225,10 @@ class Conversation:
             if ended(words, self.stops) < len(words):
                 break
             yield from show(len(words) - held)
+        else:
+            if self._tokens_left(turn) > 0:
+                self.note(f"the answer ends here: the model reads no more than "
+                          f"{self.model.config.decoder.max_seq_len} tokens")
         words += decoder.flush()
         yield from show(ended(words, self.stops))
         return t.ret_id in stretch.ids[-1:]

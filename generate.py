@@ -56,7 +56,8 @@ class KVCache:
         self.text = [room(max_len, c.n_kv_heads) for _ in model.blocks]
         self.pictures = {int(i): room(self.picture_len, c.n_heads) for i in model.cross_blocks}
         self.rows: Tensor | None = None  # where the next tokens are written,
-        self.picture_rows: Tensor | None = None  # and the next pictures'; None: none are read
+        self.picture_rows: Tensor | None = None  # and the next pictures';
+        self.reading = False  # prompts, whose tokens lie end to end
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (T, Hkv, D) to the rows; returns what the tokens attend to: each other, while
@@ -64,15 +65,15 @@ class KVCache:
         kept_k, kept_v = self.text[layer]
         kept_k.index_copy_(0, self.rows, k)
         kept_v.index_copy_(0, self.rows, v)
-        return (kept_k, kept_v) if self.picture_rows is None else (k, v)
+        return (k, v) if self.reading else (kept_k, kept_v)
 
     def picture_kv(self, layer: int, block: GatedCrossAttentionBlock, pictures: Tensor | None):
         """Keys and values of the pictures that are read now, else of all that were."""
-        if self.picture_rows is None:
+        if pictures is None:
             return self.pictures[layer]
         new = block.attn.keys_values(pictures)
-        for kept, x in zip(self.pictures[layer], new, strict=True):  # a picture that stands in
-            kept.index_copy_(0, self.picture_rows, x[: len(self.picture_rows)])  # is not kept
+        for kept, x in zip(self.pictures[layer], new, strict=True):
+            kept.index_copy_(0, self.picture_rows, x)
         return new
 
     def move(self, source: int, target: int) -> None:
@@ -138,9 +139,10 @@ class Writer:
 
         cache.rows = rows(lengths, cache.max_len)
         cache.picture_rows = rows([n * P for n in n_images], cache.picture_len)
-        hidden, _ = self.model.hidden_states(batch, cache)
+        cache.reading = True
+        hidden, _ = self.model.hidden_states(batch, cache, blind=not any(n_images))
+        cache.reading = False
         hidden = hidden.index_select(0, torch.tensor(last, device=self.device))  # (B, C)
-        cache.picture_rows = None
         return [*map(Prompt, hidden, lengths, seen)]
 
     def step(self, tokens: list[int], positions: list[int], images: list[tuple[int, int]]
@@ -219,7 +221,8 @@ class Writer:
 
 
 class Step(NamedTuple):
-    """One written token: of which document, which token, its log-probability, its hidden state."""
+    """One written token. Its log-probability is that among the tokens it might have been, behind
+    the repetition penalty, before temperature and cuts."""
 
     document: int
     token: int
@@ -315,7 +318,8 @@ def once(batch: Batch) -> Callable[[int], Batch | None]:
 
 
 def penalised(logits: Tensor, penalty: float) -> Tensor:
-    """
+    """Logits of tokens that are to become less likely, by a penalty above 1.
+
     >>> penalised(torch.tensor([3.0, -3.0]), 1.5).tolist()
     [2.0, -4.5]
     """

@@ -1,4 +1,4 @@
-"""One document alone on a CPU: model.decode for one row, in half the time.
+"""One document alone on a CPU: model.decode for one row, in fewer operations.
 
 Read after generate.py; nothing is computed here that is not in model.py, and the tests of law 5
 (cached decoding == full forward) hold both to the same logits.
@@ -75,7 +75,7 @@ class LoneRow:
 
 def norm(x: Tensor, module) -> Tensor:
     """An RMSNorm of x (1, C), which like kernels/norm.py squares in fp32, rounds, then weighs."""
-    y = x.float()
+    y = x if x.dtype == torch.float64 else x.float()
     square = torch.dot(y[0], y[0]).item()
     return (y * (square / y.shape[1] + module.eps) ** -0.5).to(x.dtype) * module.weight
 

@@ -326,10 +326,12 @@ class VisionLanguageModel(nn.Module):
         ret_hidden = hidden.index_select(0, batch.ret_token)  # (R, C)
         return Output(token_loss, *self.contrastive(ret_hidden, pooled))
 
-    def hidden_states(self, batch: Batch, cache=None) -> tuple[Tensor, Tensor]:
+    def hidden_states(self, batch: Batch, cache=None, blind: bool = False
+                      ) -> tuple[Tensor, Tensor | None]:
         """Of every token (T, C), after the last norm, and what encode_images says of pictures.
-        A cache (generate.KVCache) keeps what it gets to see."""
-        pictures, pooled = self.encode_images(batch)
+        A cache (generate.KVCache) keeps what it gets to see. blind: there are no pictures, and
+        none that stands in for them is encoded; one that does needs the cache."""
+        pictures, pooled = (None, None) if blind else self.encode_images(batch)
         text_end = torch.arange(1, len(batch.tokens) + 1, device=batch.tokens.device)
         text = Span(batch.text_start, text_end.int(), batch.text_hints)
         return self.decode(batch.tokens, batch.positions, text, self.image_span(batch),

@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
     add("--device", default="cpu", choices=["auto", "cpu", "cuda", "mps"],
         help="where to compute (default: cpu)")
     add("--dtype", default="auto", choices=[*DTYPES], help="of the weights (default: as they are "
-        "saved); int8: of the decoder's layers, half the bytes of bf16 and faster")
+        "saved); int8: of the decoder's layers, half the bytes of bf16, for large models")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest word")
     add("--top-k", type=int, default=0, help="draw among the k likeliest only (0: all)")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest that make up this much")
@@ -146,9 +146,10 @@ def check_numbers(args: argparse.Namespace, parser: Parser) -> None:
         parser.error("--repetition-penalty must be above 0 and finite, --stop not empty")
     if not 1 <= args.beams <= 64:
         parser.error(f"--beams must be from 1 to 64, got {args.beams}")
-    if args.beams > 1 and (args.temperature or args.repetition_penalty != 1):
-        parser.error("--beams search for the likeliest: give no --temperature or "
-                     "--repetition-penalty with them")
+    drawn = args.temperature or args.top_k or args.top_p < 1 or args.seed
+    if args.beams > 1 and (drawn or args.repetition_penalty != 1):
+        parser.error("--beams search for the likeliest: give no --temperature, --top-k, --top-p, "
+                     "--seed or --repetition-penalty with them")
 
 
 def check_files(args: argparse.Namespace, examples: Sequence[tuple] = ()) -> None:
@@ -211,8 +212,10 @@ def main() -> None:
         hint(args)
         return Terminal(conversation, pictures, args.save, args.heatmap_blocks).run()
     with input_errors():
-        answer_lines(args, pictures, asked, conversation) if asked else answer_one(
-            args, pictures, conversation)
+        if asked:
+            answer_lines(args, pictures, asked, conversation)
+        else:
+            answer_one(args, pictures, conversation)
 
 
 def drawing(args: argparse.Namespace) -> dict:
@@ -314,6 +317,7 @@ def answer_lines(args: argparse.Namespace, pictures: list[Seen], asked: dict[int
             documents.append(conversation.prompt(line, pictures))
         except ValueError as error:
             raise ValueError(f"--prompts {args.prompts}: line {number}: {error}") from None
+    hint(args)
     for number, said in answer_each(
             conversation.model, conversation.tokenizer, documents, n_beams=args.beams,
             max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,

@@ -217,8 +217,8 @@ def test_writing_is_measured_beside_transformers_and_the_speed_of_a_copy(
                              "0.01", "--json", out)
     assert code == 0, err
     rows = json.loads(out.read_text())["rows"]
-    assert [row["case"] for row in rows if "tiny" not in row["case"]] == [
-        f"decode, villa-1b, {what}, {n} at once"
+    assert [row["case"] for row in rows if "built-in" not in row["case"]] == [
+        f"decode, villa-1b shrunk by 64, {what}, {n} at once"
         for n in ((1, 16) if torch.cuda.is_available() else (1,)) for what in ("text", "a picture")]
     for row in rows:
         assert row["case"] in printed and "int8" in row["tokens_s"] and row["int8_ratio"] > 0
@@ -247,7 +247,8 @@ def test_the_peer_is_given_the_same_weights_and_the_same_prompts(n, few_words):
 
 
 def test_a_case_or_a_preset_that_is_not_known_is_refused_by_decode(cli, few_words):
-    for flags, says in ((("--case", "poem"), "choose a part of"), (("--preset", "gpt"), "gpt")):
+    for flags, says in ((("--case", "poem"), "choose a part of"), (("--preset", "gpt"), "gpt"),
+                        (("--shrink", "0"), "at least 1"), (("--shrink", "3"), "power of 2")):
         code, _, err = cli(bench, "decode", "--seconds", "0.01", *flags)
         assert code == 2 and says in err and err.count("\n") == 1
 

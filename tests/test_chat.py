@@ -93,6 +93,29 @@ def test_with_beams_an_answer_is_what_the_search_finds(tiny):
 # ------------------------------------------------------------------------------ what is remembered
 
 
+def test_what_was_forgotten_is_said_once_however_often_one_asks(tiny_model, tokenizer):
+    notes: list[str] = []
+    conversation = Conversation(tiny_model(max_seq_len=64), tokenizer, note=notes.append,
+                                max_new_tokens=8)
+    for i in range(9):
+        conversation.tell(f"What is at place {i}?", [], "a red cat")
+    for question in ("What?", "Where?", "Who?"):
+        conversation.prompt(question)
+    assert len(notes) == 1 and "forgotten" in notes[0]
+
+
+def test_an_answer_that_ends_with_the_context_says_so(tiny_model, tokenizer):
+    notes: list[str] = []
+    model = tiny_model(max_seq_len=64)
+    question = "what is where " * 3
+    for n, expected in ((2, 0), (60, 1)):
+        conversation = Conversation(model, tokenizer, note=notes.append, max_new_tokens=n,
+                                    min_new_tokens=n)
+        [*conversation.ask(question)]
+        assert len(notes) == expected
+    assert "reads no more than 64 tokens" in notes[0]
+
+
 @pytest.mark.parametrize("template", ["nanovilla", "idefics-instruct"])
 def test_what_a_conversation_reads_is_what_training_reads(tiny, gallery, scripted, template):
     t = Tokenizer(Path(BUILT_IN) / "tokenizer.model", chat=template)

@@ -82,6 +82,7 @@ BAD = [
     (sample, ["--image", CAT, "--repetition-penalty", "0"], "--repetition-penalty"),
     (sample, ["--image", CAT, "--beams", "0"], "--beams must be from 1 to 64"),
     (sample, ["--image", CAT, "--beams", "3", "--temperature", "1"], "give no --temperature"),
+    (sample, ["--image", CAT, "--beams", "3", "--top-k", "5"], "give no --temperature"),
     (sample, ["--image", CAT, "--stop", ""], "--stop"),
     (sample, ["--image", CAT, "--prompts", "none.txt"], "none.txt: cannot be read"),
     (sample, ["--image", CAT, "--prompts", "empty.jpg"], "no line with a question"),

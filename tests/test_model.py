@@ -23,6 +23,7 @@ from checkpoint import Saver, latest_checkpoint, load_checkpoint
 from data import Encoded, collate
 from generate import KVCache, Writer, choose, generate
 from kernels import decode
+from lone import LoneRow
 from model import (
     ContrastiveHead,
     DecoderConfig,
@@ -414,6 +415,31 @@ def test_where_a_document_ends_the_next_begins_and_none_is_written_otherwise(
     options.pop("forbidden")
     assert written == [write(model, [prompt], **options)[0] for prompt in prompts]
     assert not live and len(given) > len(prompts) / n_slots
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-9), (torch.float32, 1e-4),
+                                         (torch.bfloat16, 0.05)])
+@EVERY_MODEL
+def test_a_lone_row_computes_what_the_decoder_does(build, kind, dtype, near, monkeypatch):
+    model, found = deepcopy(build(kind)).to(dtype), []
+    taken = LoneRow.__call__
+    monkeypatch.setattr(LoneRow, "__call__", lambda *args: found.append(taken(*args)) or found[-1])
+    for prompt in documents([*MIXED, "wiwiwiw"]):
+        found.clear()
+        steps = [*generate(model, packed(model, prompt), max_new_tokens=5, forbidden=(IMAGE,))]
+        assert len(found) == 4
+        whole = Encoded(prompt.ids + [s.token for s in steps[:-1]], [False] * (len(prompt.ids) + 4),
+                        prompt.images, [])
+        with torch.no_grad():
+            right = model.hidden_states(packed(model, whole))[0][-4:]
+        assert (torch.cat(found) - right).abs().max() <= near * right.abs().max()
+
+
+def test_words_without_pictures_wait_for_none(build, monkeypatch):
+    model = deepcopy(build("latest"))
+    wanted = write(model, documents(["www", "w"]), max_new_tokens=4)
+    monkeypatch.setattr(model, "encode_images", None)
+    assert write(model, documents(["www", "w"]), max_new_tokens=4) == wanted
 
 
 @EVERY_MODEL
