@@ -36,7 +36,7 @@ from answering import BATCH, collect, read_answers
 from benchmarks import BENCHMARKS, PLACE, Benchmark, Picture, Question
 from boxes import BOX, in_whole, middle_square
 from captions import cut_caption
-from config import Parser, UserError, commit, input_errors, pick_device, pick_dtype, run_main
+from config import Parser, UserError, commit, input_errors, pick_device, run_main
 from data import encode, pixels, prompts
 from formats import Document, Image, Ret, Text, asking
 from model import VisionLanguageModel
@@ -44,7 +44,7 @@ from parallel import start_group, stop_group, this_rank
 from scores import Result, bootstrap, by_id, in_form, retrieval
 from tokenizer import Tokenizer
 from vqa import cut_answer
-from weights import BUILT_IN, load_model
+from weights import BUILT_IN, DTYPES, load_model
 
 POOL = 2048  # training samples that examples are drawn from (OpenFlamingo, eval/evaluate.py)
 CONTROLS = ("blank", "shuffled")
@@ -259,8 +259,8 @@ def arguments():
         "as the authors' programs do, oddities included, or as a person would")
     add("--out", default="", help="folder for answers and result (default: out/eval/NAME-MODEL)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-        help="auto: bfloat16 on CUDA, else float32")
+    add("--dtype", default="auto", choices=[*DTYPES],
+        help="of the weights: auto is bf16 on CUDA, else fp32; int8 of the decoder's layers")
     add("--questions", type=int, default=300, help="drawn: questions of each kind")
     add("--seed", type=int, default=0, help="drawn: which exam")
     add("--json", action="store_true", help="print one JSON object instead")
@@ -322,7 +322,7 @@ def main() -> None:
     record = {"benchmark": args.benchmark, "split": split}
     if args.benchmark == "retrieval":
         with input_errors():
-            model, tokenizer = load_model(args.model or BUILT_IN, pick_device(args.device))
+            model, tokenizer = model_of(args, pick_device(args.device))
         if not model.config.contrastive_dim:
             raise UserError("retrieval: this model has no contrastive head")
         check_pictures(questions)
@@ -360,6 +360,13 @@ def read(benchmark: Benchmark, data: str, split: str, limit: int = 0) -> list[Qu
                         ) from None
 
 
+def model_of(args, device: torch.device) -> tuple[VisionLanguageModel, Tokenizer]:
+    """--model on the device, in --dtype."""
+    usual = "bf16" if device.type == "cuda" else "fp32"
+    return load_model(args.model or BUILT_IN, device,
+                      usual if args.dtype == "auto" else args.dtype)
+
+
 def asked(args, benchmark: Benchmark, questions: list[Question], everything: list[Question]
           ) -> dict:
     """Let the model answer what is not answered yet, and score it. `everything`: also the questions
@@ -368,8 +375,7 @@ def asked(args, benchmark: Benchmark, questions: list[Question], everything: lis
     ranks = this_rank()
     device = pick_device(args.device, ranks.local)
     with input_errors():
-        model, tokenizer = load_model(args.model or BUILT_IN, device)
-    model.to(pick_dtype(args.dtype, device))
+        model, tokenizer = model_of(args, device)
     if ranks.size > 1:
         start_group(ranks, device, timeout=A_DAY)  # which one rank may be slower than another
     folder = Path(args.model or BUILT_IN).resolve()
@@ -487,7 +493,7 @@ def prompt_maker(args, benchmark: Benchmark, model: VisionLanguageModel, tokeniz
 def drawn(args) -> None:
     """The drawn world's exam, which exam.py describes."""
     with input_errors():
-        model, tokenizer = load_model(args.model or BUILT_IN, pick_device(args.device))
+        model, tokenizer = model_of(args, pick_device(args.device))
     began, kept = time.time(), []
     if args.out:
         with input_errors():
