@@ -23,7 +23,8 @@ class DrawnWorld:
 
     stage "pretrain": short captions of a picture's things, now and then a whole caption, the
     search for it, a phrase grounded with a box. stage "instruct": conversations of one to eight
-    turns about one picture, or about two to compare, or about one that was asked for.
+    turns about one picture, or about two to compare, or about one that was asked for; and two
+    requests for it, each whole or vague.
     """
 
     def __init__(self, stage: str, size: int, seed: int, split: str = "train",
@@ -76,10 +77,12 @@ class DrawnWorld:
         else:
             pictures, asked = [picture], self.questions(scene, rng, 8)
         turns = [([], q.question, q.answer) for q in asked]
+        requests = [([], rng.choice((world.request, world.vague_request))(scene, rng), Ret(picture))
+                    for _ in range(2 * self.has_ret)]
+        searches = [chat_document([request], self.chat) for request in requests]
         if 0.25 <= kind < 0.45 and self.has_ret:  # a picture is the answer, then talked about
-            request = rng.choice((world.request, world.vague_request))(scene, rng)
-            return [chat_document([([], request, Ret(picture)), *turns], self.chat)]
-        return conversations(pictures, turns, rng, self.chat)
+            return [chat_document([requests[0], *turns], self.chat), searches[1]]
+        return conversations(pictures, turns, rng, self.chat) + searches
 
 
 def short_captions(scene: world.Scene, rng: random.Random) -> list[str]:
