@@ -268,3 +268,18 @@ def test_the_readme_shows_the_recorded_training_steps_and_the_recorded_climb():
                    f"{100 * climb['answers']:.1f} % of answers",
                    f"{100 * climb['blank']:.1f} % with blank", f"in {climb['minutes']} minutes"):
         assert number in readme, number
+
+
+def test_the_readme_shows_the_recorded_writing():
+    records = [*map(json.loads, (ROOT / "results" / "cpu.jsonl").read_text().splitlines())]
+    record = [r for r in records if r.get("bench") == "decode"][-1]
+    readme = (ROOT / "README.md").read_text()
+    assert f"decode --seconds 12` at commit {record['commit']}" in " ".join(readme.split())
+    for row in record["rows"]:
+        tokens_s = row["tokens_s"]
+        first = next(iter(tokens_s))
+        shown = [row["case"].removeprefix("decode, "), f"{tokens_s[first]:.1f}",
+                 f"{100 * row['share'][first]:.0f} %", f"{tokens_s['int8']:.1f}"]
+        if "peer" in row:
+            shown += [f"{tokens_s[row['peer']]:.1f}", f"{row['ratio']:.2f}"]
+        assert "| " + " | ".join(shown) in readme

@@ -382,6 +382,13 @@ def test_the_built_in_model_finds_nine_of_ten_scenes_among_two_hundred(tmp_path,
         document = [*chat_document([([], request, None)], tokenizer.chat), Ret(None)]
         right += opened.best(wish(model, tokenizer, document)).path == opened.paths[i]
     assert len(opened.paths) == N and right >= 0.9 * N
+    names, fits = sorted({thing.name for scene in scenes for thing in scene.things}), 0
+    for name in names:
+        document = [*chat_document([([], f"Show me {world.a(name)}.", None)], tokenizer.chat),
+                    Ret(None)]
+        shown = scenes[opened.paths.index(opened.best(wish(model, tokenizer, document)).path)]
+        fits += name in [thing.name for thing in shown.things]
+    assert len(names) > 80 and fits >= 0.75 * len(names)
 
 
 def says_ret(model, tokenizer, turns: list[tuple]) -> list[bool]:
