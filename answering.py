@@ -33,6 +33,8 @@ class Answer:
 
     answer: str
     logprob: float | None  # None: nothing was said
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()  # of each token
 
 
 def answer_all(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Document],
@@ -76,7 +78,7 @@ def answer_each(model: VisionLanguageModel, tokenizer: Tokenizer, documents: Ite
         n_done = 0
         while (batch := more(max(side_by_side // n_beams, 1))) is not None:
             for found in beam_search(model, batch, n_beams=n_beams, **limits, **options):
-                yield asked[n_done], said_by(found.tokens, found.score, tokenizer)
+                yield asked[n_done], said_by(*found, tokenizer)
                 n_done += 1
     else:
         written: dict[int, tuple[list[int], list[float]]] = {}
@@ -86,13 +88,13 @@ def answer_each(model: VisionLanguageModel, tokenizer: Tokenizer, documents: Ite
             logprobs.append(step.logprob)
             if step.last:
                 del written[step.document]
-                yield asked[step.document], said_by(ids, sum(logprobs), tokenizer)
+                yield asked[step.document], said_by(ids, logprobs, tokenizer)
     yield from ((number, Answer("", None)) for number in nothing)
 
 
-def said_by(ids: list[int], logprob: float, tokenizer: Tokenizer) -> Answer:
+def said_by(ids: list[int], logprobs: list[float], tokenizer: Tokenizer) -> Answer:
     words = [token for token in ids if token not in tokenizer.stop_ids]
-    return Answer(tokenizer.decode(words).strip(), logprob)
+    return Answer(tokenizer.decode(words).strip(), sum(logprobs), tuple(ids), tuple(logprobs))
 
 
 def readable(document: Document, tokenizer: Tokenizer, config: ModelConfig) -> Encoded:

@@ -60,6 +60,7 @@ class Stretch:
     text: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    words: list[page.Word] | None = None  # with their maps, once they were asked for
 
 
 @dataclass
@@ -297,7 +298,10 @@ def transcript(conversation: Conversation, blocks: Sequence[int] | None = None) 
 
 def words_with_maps(conversation: Conversation, stretch: Stretch,
                     blocks: Sequence[int] | None = None) -> list[page.Word]:
-    """A stretch's words with where each looked, as far as they are shown."""
+    """A stretch's words with where each looked, as far as they are shown. They take a pass over
+    its whole document, so they are kept: all calls must name the same blocks."""
+    if stretch.words is not None:
+        return stretch.words
     if not stretch.ids:
         return [page.Word(stretch.text)]
     words, left = [], len(stretch.text)
@@ -306,6 +310,7 @@ def words_with_maps(conversation: Conversation, stretch: Stretch,
         if left > 0:
             words.append(page.Word(word.text[:left], word.logprob, word.maps))
         left -= len(word.text)
+    stretch.words = words
     return words
 
 
@@ -398,7 +403,7 @@ class Terminal:
                 if line == "/quit":
                     return
                 if line.startswith("/"):
-                    self.command(*line.partition(" ")[::2])
+                    self.command(*[*line.split(None, 1), ""][:2])
                 else:
                     self.answer(line)
             except KeyboardInterrupt:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -310,8 +311,8 @@ def save_picture(picture: PIL.Image.Image, path: str) -> None:
 def answer_lines(args: argparse.Namespace, pictures: list[Seen], asked: dict[int, str],
                  conversation: Conversation) -> None:
     """Answer every line of --prompts, many side by side; shown in their order."""
-    answers: dict[int, str] = {}
-    documents, n_shown = [], 0
+    answers: dict[int, dict] = {}
+    documents, n_shown, began = [], 0, time.perf_counter()
     for number, line in asked.items():
         try:
             documents.append(conversation.prompt(line, pictures))
@@ -323,15 +324,18 @@ def answer_lines(args: argparse.Namespace, pictures: list[Seen], asked: dict[int
             max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
             **({} if args.beams > 1 else drawing(args))):
         words = said.answer
-        answers[number] = " ".join(words[: ended(words, args.stop)].split())
+        answers[number] = {"answer": " ".join(words[: ended(words, args.stop)].split()),
+                           "tokens": said.tokens, "logprobs": said.logprobs}
         while n_shown in answers:
             if not args.json:
-                print(printable(answers[n_shown]), flush=True)
+                print(printable(answers[n_shown]["answer"]), flush=True)
             n_shown += 1
+    seconds = time.perf_counter() - began
     if args.json:
-        print(json.dumps({"images": args.image, "answers": [
-            {"prompt": line, "answer": answer}
-            for line, (_, answer) in zip(asked.values(), sorted(answers.items()), strict=True)]}))
+        n_tokens = sum(len(answer["tokens"]) for answer in answers.values())
+        print(json.dumps({"images": args.image, "seconds": seconds,
+                          "tokens_per_second": n_tokens / seconds, "answers": [
+            {"prompt": line} | answers[i] for i, line in enumerate(asked.values())]}))
 
 
 def lines_of(name: str) -> dict[int, str]:

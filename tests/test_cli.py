@@ -243,7 +243,10 @@ def test_prompts_of_a_file_are_answered_as_one_by_one(cli, tmp_path, monkeypatch
     assert out.splitlines(keepends=True) == searched * 6
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(asked[1].encode())))
     code, out, _ = cli(sample, "--image", CAT, "--prompts", "-", "--json")
-    assert json.loads(out)["answers"] == [{"prompt": asked[1], "answer": alone[1].strip()}]
+    (answer,), whole = json.loads(out)["answers"], cli(
+        sample, "--image", CAT, "--prompt", asked[1], "--json")[1]
+    assert answer == {"prompt": asked[1], "answer": alone[1].strip()} | {
+        name: pytest.approx(json.loads(whole)[name], abs=1e-3) for name in ("tokens", "logprobs")}
 
 
 def test_the_same_seed_draws_the_same_words(cli):

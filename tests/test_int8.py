@@ -77,7 +77,8 @@ def test_a_matrix_larger_than_what_is_quantised_at_once_is_quantised_the_same(mo
     lambda n: 16 * n), st.integers(0, 999), st.sampled_from(
     [torch.float32, torch.float16, torch.bfloat16]), st.floats(1e-3, 1e3))
 def test_it_is_as_exact_as_torch_with_the_same_weights(backend, rows, n, k, seed, dtype, size):
-    """Errors against float64: twice those of torch in the same dtype, and four units."""
+    """Errors against float64: twice those of torch in the same dtype, and two units of the largest
+    sum of magnitudes, for where products cancel, a lone number's error is a matter of luck."""
     if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
         dtype = torch.float16  # the interpreter's bf16 is wrong
     x = (size * random(rows, k, seed=seed)).to(dtype)
@@ -85,8 +86,8 @@ def test_it_is_as_exact_as_torch_with_the_same_weights(backend, rows, n, k, seed
     exact = int8_linear(x.double(), q, scale, "reference")
     theirs = F.linear(x, (q * scale[:, None]).to(dtype))
     ours = int8_linear(x, q, scale, backend)
-    allowed = 2 * (theirs.double() - exact).abs().max() + (
-        4 * torch.finfo(dtype).eps * exact.abs().max())
+    magnitude = int8_linear(x.abs().double(), q.abs(), scale, "reference").max()
+    allowed = 2 * ((theirs.double() - exact).abs().max() + torch.finfo(dtype).eps * magnitude)
     assert ours.dtype == dtype and (ours.double() - exact).abs().max() <= allowed
 
 
