@@ -13,10 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import benchmarks
-from augment import Picture
+from augment import Picture as Ready
 from beams import beam_search
-from benchmarks import Question
+from benchmarks import Picture, Question
 from data import Batch, Encoded, collate, collate_options, encode, pixels
 from formats import Document
 from generate import generate
@@ -108,7 +107,7 @@ def readable(document: Document, tokenizer: Tokenizer, config: ModelConfig) -> E
                          f"{c.max_seq_len}: shorten it")
     rows = {id(image): image for image in encoded.images}  # one that is shown twice is read once
     for name, image in rows.items():
-        rows[name] = Picture(pixels(image, v.image_size, v.resize, v.rgb))
+        rows[name] = Ready(pixels(image, v.image_size, v.resize, v.rgb))
     return Encoded(encoded.ids, encoded.learn, [rows[id(image)] for image in encoded.images], [])
 
 
@@ -154,7 +153,7 @@ def not_asked(why: str) -> None:
 
 def asked_of(question: Question) -> int:
     """A number for what is asked, by its words and pictures."""
-    names = [str(p.names) if isinstance(p, benchmarks.Picture) else zlib.crc32(bytes(p))
+    names = [str(p.names) if isinstance(p, Picture) else zlib.crc32(bytes(p))
              for p in question.pictures]
     return zlib.crc32(json.dumps([question.text, names]).encode())
 

@@ -60,7 +60,7 @@ class Stretch:
     text: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    words: list[page.Word] | None = None  # with their maps, once they were asked for
+    mapped: list[page.Word] | None = None  # its words with their maps, once they were asked for
 
 
 @dataclass
@@ -204,7 +204,7 @@ class Conversation:
 
     def _write(self, turn: Turn, began: float) -> Iterator[str]:
         """Words up to the end or a <ret>; returns whether it was a <ret>."""
-        t, decoder, words = self.tokenizer, StreamDecoder(self.tokenizer), ""
+        t, decoder, words, cut = self.tokenizer, StreamDecoder(self.tokenizer), "", False
         held = max(map(len, self.stops), default=1) - 1  # in these a stop text may have begun
         stretch = Stretch(self.document())
         steps = self._steps(stretch.document, turn)
@@ -227,11 +227,12 @@ class Conversation:
                 break
             yield from show(len(words) - held)
         else:
-            if self._tokens_left(turn) > 0:
-                self.note(f"the answer ends here: the model reads no more than "
-                          f"{self.model.config.decoder.max_seq_len} tokens")
+            cut = self._tokens_left(turn) > 0
         words += decoder.flush()
         yield from show(ended(words, self.stops))
+        if cut:
+            self.note(f"the answer ends here: the model reads no more than "
+                      f"{self.model.config.decoder.max_seq_len} tokens")
         return t.ret_id in stretch.ids[-1:]
 
     def _steps(self, document: Document, turn: Turn) -> Iterator[tuple[int, float]]:
@@ -300,8 +301,8 @@ def words_with_maps(conversation: Conversation, stretch: Stretch,
                     blocks: Sequence[int] | None = None) -> list[page.Word]:
     """A stretch's words with where each looked, as far as they are shown. They take a pass over
     its whole document, so they are kept: all calls must name the same blocks."""
-    if stretch.words is not None:
-        return stretch.words
+    if stretch.mapped is not None:
+        return stretch.mapped
     if not stretch.ids:
         return [page.Word(stretch.text)]
     words, left = [], len(stretch.text)
@@ -310,67 +311,8 @@ def words_with_maps(conversation: Conversation, stretch: Stretch,
         if left > 0:
             words.append(page.Word(word.text[:left], word.logprob, word.maps))
         left -= len(word.text)
-    stretch.words = words
+    stretch.mapped = words
     return words
-
-
-# ------------------------------------------------------------------------------------ examples
-
-
-def read_examples(path: str) -> list[tuple[str, list[Seen], str]]:
-    """A file of (question, pictures, answer) that a conversation may begin with.
-
-    Blocks between blank lines, their pictures' paths as seen from the file:
-
-        image: a.jpg
-        question: What is it?
-        answer: a red cat
-
-    A block may have any number of pictures; <image> in the question says where they stand.
-    ValueError names the line that is wrong.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
-    examples, block = [], {}
-    for number, line in enumerate([*lines, ""], 1):
-        name, colon, value = (part.strip() for part in line.partition(":"))
-        if not line and block:
-            examples.append(example(block, f"{path}: line {number - 1}"))
-            block = {}
-        elif line and (name not in ("image", "question", "answer") or not colon or not value):
-            raise ValueError(f"{path}: line {number}: must be image:, question: or answer: and "
-                             f"something behind it")
-        elif name == "image":
-            picture = os.path.join(os.path.dirname(path), value)
-            try:
-                seen = Seen(picture, open_image(picture, rgb=False))
-            except PictureError as error:
-                raise ValueError(f"{path}: line {number}: {error}") from None
-            block.setdefault(name, []).append(seen)
-        elif name in block:
-            raise ValueError(f"{path}: line {number}: a second {name}; a blank line stands between "
-                             f"examples")
-        elif line:
-            block[name] = value
-    if not examples:
-        raise ValueError(f"{path}: has no examples; see sample.py --help")
-    return examples
-
-
-def example(block: dict, where: str) -> tuple[str, list[Seen], str]:
-    for name in ("question", "answer"):
-        if name not in block:
-            raise ValueError(f"{where}: the example that ends here has no {name}:")
-    question, pictures = block["question"], block.get("image", [])
-    if (n := question.count(MARK)) not in (0, len(pictures)):
-        raise ValueError(f"{where}: the example that ends here has {n} {MARK} marks, but "
-                         f"{len(pictures)} pictures")
-    return question, pictures, block["answer"]
 
 
 # -------------------------------------------------------------------------------- its terminal

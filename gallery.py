@@ -27,7 +27,6 @@ import stat
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +40,7 @@ from augment import Picture
 from data import Encoded, collate, collate_options, encode, pixels
 from formats import IMAGE_SUFFIXES, Document, Ret
 from model import VisionLanguageModel
-from records import cache_folder, unfinished
+from records import cache_folder, whole
 from tokenizer import Tokenizer
 from vision import PictureError
 
@@ -239,14 +238,11 @@ def write_kept(path: Path, about: bytes, known: dict[Listed, np.ndarray]) -> Non
     """Keep features, whole or not at all; where that cannot be done, say so and go on."""
     rows = np.stack([*known.values()]).astype("<f4")
     body = json.dumps([*known]).encode() + b"\n" + rows.tobytes()
-    part = Path(unfinished(str(path)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(seal(about, body) + body)
-        part.replace(path)
+        with whole(path) as part:
+            part.write_bytes(seal(about, body) + body)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         sys.stderr.write(f"{path}: the gallery's features cannot be kept, and will be computed "
                          f"again: {error.strerror}; set XDG_CACHE_HOME to a folder that has room "
                          f"and can be written\n")

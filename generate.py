@@ -150,7 +150,7 @@ class Writer:
         """One token (B,) more in each of the first B slots, at these positions, of which each sees
         these of its document's pictures. Returns their hidden states (B, C)."""
         n, cache, P = len(tokens), self.cache, self.model.config.tokens_per_image
-        if n == 1 and self.lone:
+        if self.lone:
             return self.lone(tokens[0], positions[0], images[0])
         image_start, image_end = ([place * P for place in ends]
                                   for ends in zip(*images, strict=True))
@@ -212,7 +212,9 @@ class Writer:
             self.cache = KVCache(self.model, n_slots, max_len, max(max_images, old.max_images))
             self.cache.copy_from(old)
             self.graphs.clear()  # they know the old one's addresses
-        if self.cache is not old and self.device.type == "cpu" and backend_for(
+        # Only of a document that was alone from the beginning: else its numbers would change in
+        # their last bits when its last neighbour ends.
+        if self.cache is not old and n_slots == 1 and self.device.type == "cpu" and backend_for(
                 self.model.embed) == "torch" and not debugging():
             self.lone = LoneRow(self.model, self.cache)
 

@@ -410,8 +410,8 @@ class Linear(nn.Linear):
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x (T, K), weight (N, K) -> (T, N). While writing, a CPU's lone row takes `mv`, which reads a
-    matrix at 92 % of the speed of a copy; a matrix product with one row does at 80 % (LOG.md)."""
+    """x (T, K), weight (N, K) -> (T, N). While writing, a CPU's lone row takes `mv`, which reads
+    a matrix faster than a matrix product with one row does (LOG.md)."""
     if len(x) == 1 and x.device.type == "cpu" and not torch.is_grad_enabled():
         return torch.mv(weight, x[0])[None]
     return F.linear(x, weight)

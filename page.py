@@ -14,9 +14,7 @@ import base64
 import html
 import io
 import math
-import os
 import unicodedata
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from boxes import Frame
+from records import whole
 from vision import PictureError, open_image
 
 LARGEST = 512  # longer side of a picture in the page, in pixels
@@ -249,11 +248,8 @@ def write(path: str | Path, turns: list[Turn], title: str = "A conversation") ->
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        unfinished.write_text(page(turns, title), encoding="utf-8")
-        unfinished.replace(path)
+        with whole(path) as part:
+            part.write_text(page(turns, title), encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None

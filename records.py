@@ -30,7 +30,7 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -439,6 +439,19 @@ def identity(path: str, about: int) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, about
 
 
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A file to write beside this one, which it replaces at the end; of one that was not written to
+    its end nothing is left."""
+    part = Path(unfinished(str(path)))
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        with suppress(OSError):  # nor can be, where it could not be made
+            part.unlink(missing_ok=True)
+
+
 def unfinished(path: str) -> str:
     """The name of a file while this process writes it: no other's, on no machine."""
     return f"{path}.{platform.node()}.{os.getpid()}.part"
@@ -472,9 +485,8 @@ def write_index(path: str, where: str, usable: Callable | None, about: int) -> N
     target = index_path(path, where, about)
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        with open(unfinished(target), "wb") as file:
-            file.write(header + rows.tobytes())
-        os.replace(unfinished(target), target)
+        with whole(target) as part:
+            part.write_bytes(header + rows.tobytes())
     except OSError as error:
         raise ValueError(f"{target}: the index cannot be written: {error.strerror}; set "
                          f"XDG_CACHE_HOME to a folder that has room and can be written") from None

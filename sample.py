@@ -27,13 +27,13 @@ import PIL.Image
 import page
 from answering import answer_each
 from chat import (
+    MARK,
     Conversation,
     Seen,
     Terminal,
     Turn,
     ended,
     print_answer,
-    read_examples,
     transcript,
     words_with_maps,
 )
@@ -48,8 +48,8 @@ from config import (
 )
 from gallery import open_gallery
 from looking import block_names, draw_boxes, seen_part, strip, words_of
-from records import unfinished
-from vision import open_image, to_rgb
+from records import whole
+from vision import PictureError, open_image, to_rgb
 from weights import BUILT_IN, DTYPES, load_model
 
 FILES = ("heatmap", "draw", "save")  # that an answer may be written to
@@ -202,10 +202,10 @@ def main() -> None:
         block_names(model, args.heatmap_blocks)
         gallery = open_gallery(args.gallery, model) if args.gallery is not None else None
     if gallery and gallery.skipped:
-        complain(f"{len(gallery.skipped)} of the gallery's files are left out: "
+        remark(f"{len(gallery.skipped)} of the gallery's files are left out: "
                  f"{gallery.skipped[0]}")
     conversation = Conversation(
-        model, tokenizer, gallery, args.stop, complain, max_new_tokens=args.max_new_tokens,
+        model, tokenizer, gallery, args.stop, remark, max_new_tokens=args.max_new_tokens,
         min_new_tokens=args.min_new_tokens, n_beams=args.beams, **drawing(args))
     for example in examples:
         conversation.tell(*example)
@@ -226,12 +226,71 @@ def drawing(args: argparse.Namespace) -> dict:
 
 def hint(args: argparse.Namespace) -> None:
     if not args.model:
-        complain("This small built-in model knows drawn scenes only; for photographs give --model "
+        remark("This small built-in model knows drawn scenes only; for photographs give --model "
                  "FOLDER.")
 
 
-def complain(line: str) -> None:
+def remark(line: str) -> None:
     sys.stderr.write(one_line(line) + "\n")
+
+
+# ------------------------------------------------------------------------------------ examples
+
+
+def read_examples(path: str) -> list[tuple[str, list[Seen], str]]:
+    """A file of (question, pictures, answer) that a conversation may begin with.
+
+    Blocks between blank lines, their pictures' paths as seen from the file:
+
+        image: a.jpg
+        question: What is it?
+        answer: a red cat
+
+    A block may have any number of pictures; <image> in the question says where they stand.
+    ValueError names the line that is wrong.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    examples, block = [], {}
+    for number, line in enumerate([*lines, ""], 1):
+        name, colon, value = (part.strip() for part in line.partition(":"))
+        if not line and block:
+            examples.append(example(block, f"{path}: line {number - 1}"))
+            block = {}
+        elif line and (name not in ("image", "question", "answer") or not colon or not value):
+            raise ValueError(f"{path}: line {number}: must be image:, question: or answer: and "
+                             f"something behind it")
+        elif name == "image":
+            picture = os.path.join(os.path.dirname(path), value)
+            try:
+                seen = Seen(picture, open_image(picture, rgb=False))
+            except PictureError as error:
+                raise ValueError(f"{path}: line {number}: {error}") from None
+            block.setdefault(name, []).append(seen)
+        elif name in block:
+            raise ValueError(f"{path}: line {number}: a second {name}; a blank line stands between "
+                             f"examples")
+        elif line:
+            block[name] = value
+    if not examples:
+        raise ValueError(f"{path}: has no examples; see sample.py --help")
+    return examples
+
+
+def example(block: dict, where: str) -> tuple[str, list[Seen], str]:
+    for name in ("question", "answer"):
+        if name not in block:
+            raise ValueError(f"{where}: the example that ends here has no {name}:")
+    question, pictures = block["question"], block.get("image", [])
+    if (n := question.count(MARK)) not in (0, len(pictures)):
+        raise ValueError(f"{where}: the example that ends here has {n} {MARK} marks, but "
+                         f"{len(pictures)} pictures")
+    return question, pictures, block["answer"]
 
 
 # ------------------------------------------------------------------------------- one question
@@ -284,7 +343,7 @@ def write_files(args: argparse.Namespace, conversation: Conversation, turn: Turn
         if n_boxes:
             save_picture(drawn, args.draw)
         else:
-            complain(f"{args.draw}: not written, the answer names no box in a picture")
+            remark(f"{args.draw}: not written, the answer names no box in a picture")
     if args.heatmap:
         words = [word for stretch in turn.stretches
                  for word in words_with_maps(conversation, stretch, args.heatmap_blocks)]
@@ -294,15 +353,13 @@ def write_files(args: argparse.Namespace, conversation: Conversation, turn: Turn
         if n_maps:
             save_picture(strip([one.picture for one in seen], words, vision), args.heatmap)
         else:
-            complain(f"{args.heatmap}: not written, the answer has no word that saw a picture")
+            remark(f"{args.heatmap}: not written, the answer has no word that saw a picture")
 
 
 def save_picture(picture: PIL.Image.Image, path: str) -> None:
     """Whole or not at all."""
-    with writing(Path(path)):
-        part = unfinished(path)
+    with writing(Path(path)), whole(path) as part:
         picture.save(part, writable_format(path))
-        os.replace(part, path)
 
 
 # ------------------------------------------------------------------------------- many questions

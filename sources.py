@@ -51,7 +51,7 @@ from records import (
     hash_of,
     key_of,
     read_sample,
-    unfinished,
+    whole,
 )
 
 MAX_DIGITS = 30  # of a share
@@ -258,14 +258,11 @@ def rewritten(path: str) -> str:
         raise ValueError(f"{path}: reading .parquet needs pyarrow; pip install pyarrow") from None
     try:
         file = ParquetFile(path)
-        with open(unfinished(target), "w", encoding="utf-8") as lines:
+        with whole(target) as part, open(part, "w", encoding="utf-8") as lines:
             for rows in tqdm(file.iter_batches(1000), f"rewriting {path}", unit=" k rows"):
                 lines.writelines(json.dumps(row) + "\n" for row in rows.to_pylist())
-        os.replace(unfinished(target), target)
     except (ArrowException, OSError, TypeError) as error:
         raise ValueError(f"{path}: cannot be rewritten as {target}: {error}") from None
-    finally:
-        Path(unfinished(target)).unlink(missing_ok=True)
     return target
 
 

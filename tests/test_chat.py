@@ -16,11 +16,12 @@ import chat
 import page
 import world
 from beams import beam_search
-from chat import MOST_FOUND, Conversation, Seen, Terminal, read_examples, transcript
+from chat import MOST_FOUND, Conversation, Seen, Terminal, transcript
 from data import encode, prompts
 from formats import Ret, chat_document
-from gallery import open_gallery
+from gallery import open_gallery, wish
 from generate import Step
+from sample import read_examples
 from tokenizer import Tokenizer
 from weights import BUILT_IN, load_model
 
@@ -224,7 +225,10 @@ def test_without_a_gallery_no_picture_is_ever_asked_for(tiny, gallery):
         assert t.ret_id not in conversation.turns[0].stretches[0].ids
     with_one = Conversation(*tiny, gallery)
     (found,) = with_one.ask(REQUEST)
-    assert found.path.endswith(f"{CAT}.png") and 0.6 < found.score <= 1
+    assert found.path.endswith(f"{CAT}.png") and 0.7 < found.score <= 1
+    asked = [*with_one.turns[0].stretches[0].document, Ret(None)]
+    best, second = gallery.nearest(wish(*tiny, asked), 2)
+    assert (str(best.path), best.score) == (found.path, found.score) and second.score < 0.6
 
 
 def test_a_found_picture_can_be_asked_about(tiny, gallery):

@@ -119,10 +119,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, cli):
     assert code == 0, err
     assert [*killed.glob("*.part.jsonl")] == []
     found = (killed / "answers.jsonl").read_text().splitlines(keepends=True)
-    assert json.loads(found[0])["answer"] == "kept" and found[1] == lines[1]
-    for one, other in zip(map(json.loads, found[2:]), map(json.loads, lines[2:]), strict=True):
-        assert one.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1e-4)
-        assert one == other  # its neighbours were others, whose rounding it shares
+    assert json.loads(found[0])["answer"] == "kept" and found[1:] == lines[1:]
 
 
 def test_two_processes_give_the_result_of_one(tmp_path, cli):

@@ -6,6 +6,7 @@ pytest tests/test_int8.py
 import doctest
 import subprocess
 import sys
+from os.path import commonprefix
 from pathlib import Path
 from random import Random
 
@@ -77,18 +78,18 @@ def test_a_matrix_larger_than_what_is_quantised_at_once_is_quantised_the_same(mo
     lambda n: 16 * n), st.integers(0, 999), st.sampled_from(
     [torch.float32, torch.float16, torch.bfloat16]), st.floats(1e-3, 1e3))
 def test_it_is_as_exact_as_torch_with_the_same_weights(backend, rows, n, k, seed, dtype, size):
-    """Errors against float64: twice those of torch in the same dtype, and two units of the largest
-    sum of magnitudes, for where products cancel, a lone number's error is a matter of luck."""
+    """Errors against float64: twice those of torch in the same dtype, and four units. Torch's are
+    taken over as many outputs as make their largest one no matter of luck."""
     if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
         dtype = torch.float16  # the interpreter's bf16 is wrong
     x = (size * random(rows, k, seed=seed)).to(dtype)
-    q, scale = quantise(random(n, k, seed=seed + 1) / k**0.5)
+    q, scale = quantise(random(70, k, seed=seed + 1) / k**0.5)
     exact = int8_linear(x.double(), q, scale, "reference")
     theirs = F.linear(x, (q * scale[:, None]).to(dtype))
-    ours = int8_linear(x, q, scale, backend)
-    magnitude = int8_linear(x.abs().double(), q.abs(), scale, "reference").max()
-    allowed = 2 * ((theirs.double() - exact).abs().max() + torch.finfo(dtype).eps * magnitude)
-    assert ours.dtype == dtype and (ours.double() - exact).abs().max() <= allowed
+    ours = int8_linear(x, q[:n], scale[:n], backend)
+    allowed = 2 * (theirs.double() - exact).abs().max() + (
+        4 * torch.finfo(dtype).eps * exact.abs().max())
+    assert ours.dtype == dtype and (ours.double() - exact[:, :n]).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("rows", [1, 2, 40])
@@ -318,8 +319,7 @@ def margins_where_they_part(exact, rounded, n: int) -> list[float]:
     for document, a, *others in zip(documents, right, found, alone, strict=True):
         for b in others:
             if a != b:
-                same = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-                margins.append(margin(*exact, document, a[:same]))
+                margins.append(margin(*exact, document, commonprefix([a, b])))
     return margins
 
 

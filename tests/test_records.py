@@ -472,6 +472,22 @@ def test_an_old_index_that_cannot_be_replaced_gives_way_to_one_in_the_cache(tmp_
     assert Path(f"{path}.idx").read_bytes() == old
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
+    path = tmp_path / "page"
+    path.write_text("old")
+    with pytest.raises(error), records.whole(path) as part:
+        part.write_text("ne")
+        raise error
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+    with records.whole(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and [*tmp_path.iterdir()] == [path]
+    with pytest.raises(OSError, match="too long"), records.whole(tmp_path / (300 * "a")) as part:
+        part.write_text("new")
+
+
 def test_no_two_machines_write_into_the_same_unfinished_file(monkeypatch):
     names = set()
     for host in ("node1", "node2"):

@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "exam": {"model", "tokenizer", "data", "scores", "world", "formats", "answering"},
     "eval": {"model", "weights", "tokenizer", "data", "scores", "vqa", "captions", "formats",
              "boxes", "benchmarks", "answering", "exam", "world", "parallel", "config"},
-    "page": {"boxes", "vision"},
+    "page": {"boxes", "vision", "records"},
     "looking": {"boxes", "vision", "model", "tokenizer", "formats", "data", "page", "plot"},
     "report": {"vision", "weights", "formats", "answering", "plot", "config"},
     "watch": {"config", "model", "tokenizer", "formats", "data"},
