@@ -49,12 +49,13 @@ class KVCache:
         self.n_slots, self.max_len, self.max_images = n_slots, max_len, max_images
         self.picture_len = max_images * model.config.tokens_per_image
 
-        def room(length: int, n_heads: int) -> tuple[Tensor, Tensor]:
-            shape = (2, n_slots * length, n_heads, c.head_dim)
-            return tuple(torch.zeros(shape, device=weight.device, dtype=weight.dtype))
+        def room(length: int, n_heads: int) -> Tensor:
+            shape = (2, n_slots * length, n_heads, c.head_dim)  # keys and values
+            return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
 
         self.text = [room(max_len, c.n_kv_heads) for _ in model.blocks]
-        self.pictures = {int(i): room(self.picture_len, c.n_heads) for i in model.cross_blocks}
+        self.pictures = {int(i): tuple(room(self.picture_len, c.n_heads))
+                         for i in model.cross_blocks}
         self.rows: Tensor | None = None  # where the next tokens are written,
         self.picture_rows: Tensor | None = None  # and the next pictures';
         self.reading = False  # prompts, whose tokens lie end to end

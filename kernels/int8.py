@@ -40,6 +40,7 @@ from kernels.backend import (
 MAX_ROWS = 64  # beyond, a product by weights written out is as fast
 BLOCK_K = 64 if INTERPRETED else 512  # of the lone row, which is summed in this many places
 LONE_N, DOT_N = 8, 32
+SHORT_ROW, LARGE = 2048, 2**21  # of int8 weights, on a CPU: see int8_row_torch
 AT_ONCE = 2**16  # weights that are quantised together: what is in between stays in the cache
 
 
@@ -77,11 +78,22 @@ def int8_linear_torch(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if not quick or x.shape[1] % 16:  # torch's int8 products read beyond the end of odd rows
         return F.linear(x, (weight * scale.float()[:, None]).to(x.dtype))
     if len(x) == 1:
-        return torch._weight_int8pack_mm(x.contiguous(), weight.contiguous(), scale.to(x.dtype))
+        return int8_row_torch(x, weight.contiguous(), scale)
     high, low, step = halves(x)
     both = torch._int_mm(torch.cat([high, low]), weight.T).float()  # (2 T, N)
     y = both[: len(x)].mul_(256).add_(both[len(x) :])
     return y.mul_(step).mul_(scale).to(x.dtype)
+
+
+def int8_row_torch(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """One bf16 row x (1, K). Torch reads rows of a few KB slowly; of a large matrix with such rows
+    two are read as one, by x followed by zeros and by zeros followed by x."""
+    N, K = weight.shape
+    if K > SHORT_ROW or N * K < LARGE or N % 2:
+        return torch._weight_int8pack_mm(x.contiguous(), weight, scale.to(x.dtype))
+    pairs, ones = weight.view(N // 2, 2 * K), torch.ones(N // 2, dtype=x.dtype)
+    y = torch._weight_int8pack_mm(torch.block_diag(x, x), pairs, ones)  # (2, N / 2)
+    return y.T.reshape(1, N).mul(scale).to(x.dtype)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

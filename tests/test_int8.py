@@ -92,6 +92,16 @@ def test_it_is_as_exact_as_torch_with_the_same_weights(backend, rows, n, k, seed
     assert ours.dtype == dtype and (ours.double() - exact[:, :n]).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("n, k", [(6, 16), (9, 32), (70, 48)])
+def test_two_short_rows_that_are_read_as_one_are_as_exact(monkeypatch, n, k):
+    x, (q, scale) = random(1, k, dtype=torch.bfloat16), quantise(random(n, k, seed=1))
+    exact, once = int8_linear(x.double(), q, scale, "reference"), int8_linear(x, q, scale, "torch")
+    monkeypatch.setattr(int8, "LARGE", 0)
+    y = int8_linear(x, q, scale, "torch")
+    assert (y.double() - exact).abs().max() <= 2 * (once.double() - exact).abs().max() + (
+        4 * 2**-8 * exact.abs().max())
+
+
 @pytest.mark.parametrize("rows", [1, 2, 40])
 def test_an_outlier_does_not_drown_the_small_numbers_of_its_row(rows):
     """LLaMA's activations have some that are a hundred times as large as all others."""

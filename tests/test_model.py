@@ -435,6 +435,20 @@ def test_a_lone_row_computes_what_the_decoder_does(build, kind, dtype, near, mon
         assert (torch.cat(found) - right).abs().max() <= near * right.abs().max()
 
 
+def test_a_model_that_wrote_alone_keeps_each_matrix_once_and_can_be_trained(build):
+    model, prompt = deepcopy(build("latest")), documents(["wiww"])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    written = write(model, prompt, max_new_tokens=4)
+    attn = model.blocks[0].attn
+    memory = attn.q_proj.weight.untyped_storage()
+    assert memory.data_ptr() == attn.v_proj.weight.untyped_storage().data_ptr()
+    assert write(model, prompt, max_new_tokens=4) == written
+    assert memory.data_ptr() == attn.k_proj.weight.untyped_storage().data_ptr()  # not made anew
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model.hidden_states(packed(model, *prompt))[0].sum().backward()
+    assert attn.v_proj.weight.grad.abs().max() > 0
+
+
 def test_words_without_pictures_wait_for_none(build, monkeypatch):
     model = deepcopy(build("latest"))
     wanted = write(model, documents(["www", "w"]), max_new_tokens=4)

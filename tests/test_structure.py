@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "vision": {"kernels"},
     "model": {"kernels", "vision"},
-    "lone": {"kernels", "model"},
+    "lone": {"kernels", "model", "quantised"},
     "generate": {"kernels", "model", "lone"},
     "beams": {"model", "generate"},
     "quantised": {"kernels", "model"},
