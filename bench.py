@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 import bench_data
 import bench_decode
 import bench_train
-from config import Parser, UserError, commit, input_errors, run_main
+from cli import Parser, UserError, commit, input_errors, run_main
 from kernels import (
     attention,
     attention_hints,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from config import Parser, UserError
+from cli import Parser, UserError
 from data import Batch, Encoded, collate, prompts
 from formats import asking
 from generate import generate

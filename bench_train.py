@@ -30,7 +30,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from config import TrainConfig, UserError, parse, pick_device, pick_dtype
+from cli import UserError, pick_device, pick_dtype
+from config import TrainConfig, parse
 from data import Batch, Encoded, collate
 from kernels import IGNORE
 from model import ModelConfig, VisionLanguageModel

@@ -27,7 +27,7 @@ import PIL.Image
 
 import page
 from beams import beam_search
-from config import one_line, printable
+from cli import one_line, printable
 from data import encode, prompts
 from formats import Document, Image, Ret, Text, asking
 from gallery import Gallery, wish

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from augment import Augment, Picture, boxes_as_seen, holds_box, jitter, ready
+from cli import run_main
 from formats import Document, Image, Ret, Text, is_page, without_last
 from kernels import IGNORE, AttentionHints, attention_hints
 from records import BadRecord, hash_of
@@ -465,6 +466,5 @@ def leave_signals_to_parent(worker: int) -> None:
 
 if __name__ == "__main__":
     import doctor
-    from config import run_main
 
     run_main(doctor.main)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augment import large_enough
-from config import Parser, input_errors
+from cli import Parser, input_errors
 from data import Samples, collate, collate_options, leave_signals_to_parent
 from formats import IMAGE_SUFFIXES, Image, Ret, Text
 from sources import Sample, Source, Stream, open_sources

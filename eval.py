@@ -36,7 +36,7 @@ from answering import BATCH, collect, read_answers
 from benchmarks import BENCHMARKS, PLACE, Benchmark, Picture, Question
 from boxes import BOX, in_whole, middle_square
 from captions import cut_caption
-from config import Parser, UserError, commit, input_errors, pick_device, run_main
+from cli import Parser, UserError, commit, input_errors, pick_device, run_main
 from data import encode, pixels, prompts
 from formats import Document, Image, Ret, Text, asking
 from model import VisionLanguageModel

@@ -35,7 +35,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from config import TrainConfig, UserError, complain
+from cli import UserError, complain
+from config import TrainConfig
 from model import Output, VisionLanguageModel
 from vision import NO_PICTURE
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from answering import answer_all
-from config import Parser, UserError, input_errors, pick_device, run_main
+from cli import Parser, UserError, input_errors, pick_device, run_main
 from formats import chat_document
 from plot import COLOURS, GREY, GRID, INK
 from vision import open_image

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from cli import UserError
 from kernels import attention, decode, int8, loss, norm, rope
 from kernels.backend import INTERPRETED, next_power_of_2, triton
 from kernels.online_softmax import block_d

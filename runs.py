@@ -21,7 +21,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from checkpoint import newest_good, read_state, write_whole
-from config import TrainConfig, UserError, absolute_paths, input_errors, writing
+from cli import UserError, disk_errors, input_errors
+from config import TrainConfig, absolute_paths
 from model import VisionLanguageModel
 from optim import freeze
 from start import initial_model, start_files
@@ -53,7 +54,7 @@ def run_folder(config: TrainConfig) -> Path:
 def begin_log(out: Path) -> None:
     """Nothing counts that was logged before any checkpoint. An empty log says whose folder it is,
     should the run be killed before it has begun."""
-    with writing(out / "log.jsonl"):
+    with disk_errors(out / "log.jsonl"):
         (out / "log.jsonl").write_text("")
 
 
@@ -62,7 +63,7 @@ def write_choices(config: TrainConfig, out: Path, model: VisionLanguageModel,
     """What a resumed run is built from; config.json last, for it marks a run that has begun."""
     fields = dataclasses.asdict(config)
     fields |= absolute_paths(fields)  # may be resumed from elsewhere
-    with writing(out):
+    with disk_errors(out):
         tokenizer.save(out / "tokenizer.model")
         for name, content in (("model", dataclasses.asdict(model.config)), ("config", fields)):
             write_whole(out / f"{name}.json", json.dumps(content, indent=2) + "\n")

@@ -37,15 +37,7 @@ from chat import (
     transcript,
     words_with_maps,
 )
-from config import (
-    Parser,
-    input_errors,
-    one_line,
-    pick_device,
-    printable,
-    run_main,
-    writing,
-)
+from cli import Parser, disk_errors, input_errors, one_line, pick_device, printable, run_main
 from gallery import open_gallery
 from looking import block_names, draw_boxes, seen_part, strip, words_of
 from records import whole
@@ -358,7 +350,7 @@ def write_files(args: argparse.Namespace, conversation: Conversation, turn: Turn
 
 def save_picture(picture: PIL.Image.Image, path: str) -> None:
     """Whole or not at all."""
-    with writing(Path(path)), whole(path) as part:
+    with disk_errors(Path(path)), whole(path) as part:
         picture.save(part, writable_format(path))
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn as nn
 
 import world
-from config import TrainConfig, input_errors, writing
+from cli import disk_errors, input_errors
+from config import TrainConfig
 from data import example_pictures
 from drawn import DrawnWorld
 from formats import Text
@@ -100,7 +101,7 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, sets: DataSets | Non
     if ranks.is_first:
         texts = own_words(samples) if sets else world.corpus(2000, config.seed)
         template = ["User: What is in the picture?", "Assistant:"]
-        with input_errors(), writing(path):
+        with input_errors(), disk_errors(path):
             train_tokenizer([*texts, *template], path, config.vocab_size)
     ranks.wait()
     tokenizer = Tokenizer(path)

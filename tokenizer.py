@@ -36,6 +36,8 @@ from typing import NamedTuple
 
 import sentencepiece
 
+from cli import Parser, UserError, input_errors, run_main
+
 SPECIAL_TOKENS = ("<image>", "<ret>", "<end_of_utterance>")
 WRAPPER = "<fake_token_around_image>"  # IDEFICS: stands on both sides of pictures
 
@@ -256,8 +258,6 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 32
 
 
 def main() -> None:
-    from config import Parser, UserError, input_errors
-
     parser = Parser(prog="tokenizer.py", description="Train a SentencePiece tokenizer.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="a unigram model of a text file")
@@ -283,6 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from config import run_main
-
     run_main(main)

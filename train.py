@@ -31,18 +31,8 @@ import exam
 import world
 from augment import Augment
 from checkpoint import Saver, gather_objects, latest_checkpoint, load_checkpoint, mark_best
-from config import (
-    TrainConfig,
-    UserError,
-    check_groups,
-    check_split,
-    input_errors,
-    parse,
-    pick_device,
-    pick_dtype,
-    run_main,
-    writing,
-)
+from cli import UserError, disk_errors, input_errors, pick_device, pick_dtype, run_main
+from config import TrainConfig, check_groups, check_split, parse
 from data import Batch, ahead, collate, collate_options, encode, loader, sample_numbers
 from formats import Document
 from kernels import backend_for, set_backend
@@ -119,7 +109,7 @@ def main() -> None:
     if config.plan == "yes":
         return print(plan(config))
     if config.plot:
-        with input_errors(), writing(Path(config.plot) / "curves.png"):
+        with input_errors(), disk_errors(Path(config.plot) / "curves.png"):
             picture = plot(Path(config.plot))
         return print(picture)
     with input_errors():
@@ -235,7 +225,7 @@ def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
     with input_errors():
         run.saver.finish()
     if run.ranks.is_first and first_step < n_steps:
-        with writing(run.out / "best.json", run.out):
+        with disk_errors(run.out / "best.json", run.out):
             mark_best(run.out, latest_checkpoint(run.out), number, val_loss)
     report_samples(run)
     return True
@@ -245,7 +235,7 @@ def restore(run: Run, stopped: Stopped, optimizer: torch.optim.Optimizer) -> Non
     """What a checkpoint holds, put back where it was, and said."""
     with input_errors():
         load_checkpoint(stopped.checkpoint, run.model, optimizer, run.frozen["names"])
-    with writing(run.out / "checkpoints", run.out):
+    with disk_errors(run.out / "checkpoints", run.out):
         run.saver.forget_after(stopped.checkpoint)
     state, stage = stopped.state, run.config.stages[stopped.state["stage"]]
     run.log.forget(state["log_size"], run.config.steps_before(state["stage"]) + state["step"])
@@ -391,7 +381,7 @@ def evaluate(run: Run, stage: int, step: int, validation: Validation, final: boo
     state = full_state(run.model, run.dtype) if final or has_exam else {}
     with run.ranks.first_alone():
         if final and run.ranks.is_first:  # before the exam, which takes its time
-            with writing(run.out / "model", run.out):
+            with disk_errors(run.out / "model", run.out):
                 save_model(run.out / "model", run.model.config, state, run.tokenizer)
         if has_exam and run.ranks.is_first:
             report = drawn_report(run, state, final)
@@ -421,7 +411,7 @@ def drawn_report(run: Run, state: dict[str, Tensor], final: bool) -> dict:
         return exam.drawn_exam(model.eval(), run.tokenizer, run.config.eval_questions, seed=1,
                                kinds=world.MAIN_KINDS, baseline=False, new=False)
     report = exam.drawn_exam(model.eval(), run.tokenizer, run.config.exam_questions)
-    with writing(run.out / "exam.json", run.out):
+    with disk_errors(run.out / "exam.json", run.out):
         (run.out / "exam.json").write_text(json.dumps(report, indent=2) + "\n")
     print(exam.table(report), flush=True)
     return report

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import writing
+from cli import disk_errors
 from data import Encoded, collate, collate_options, encode
 from formats import Document, Image, Ret
 from model import VisionLanguageModel
@@ -38,7 +38,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = all_but_os_errors
-        with writing(self.out / "tensorboard", self.out):
+        with disk_errors(self.out / "tensorboard", self.out):
             self.board = SummaryWriter(str(self.out / "tensorboard"), **options)
 
     def say(self, line: str) -> None:
@@ -59,18 +59,18 @@ class Log:
     def write(self, record: dict, number: int) -> None:
         if not self.is_first:
             return
-        with writing(self.path, self.out), open(self.path, "a", encoding="utf-8") as file:
+        with disk_errors(self.path, self.out), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(plain(record)) + "\n")
         if self.board:
             entry = record.get("evaluation", record)
-            with writing(self.out / "tensorboard", self.out):
+            with disk_errors(self.out / "tensorboard", self.out):
                 for name, value in numbers(entry):
                     self.board.add_scalar(f"{entry['stage']}/{name}", value, number)
 
     def close(self) -> None:
         """Let TensorBoard write what it still holds back."""
         if self.board:
-            with writing(self.out / "tensorboard", self.out):
+            with disk_errors(self.out / "tensorboard", self.out):
                 self.board.close()
 
     @property
@@ -83,7 +83,7 @@ class Log:
         if not self.is_first:
             return
         if self.path.is_file() and self.path.stat().st_size > size:
-            with writing(self.path, self.out), open(self.path, "r+b") as file:
+            with disk_errors(self.path, self.out), open(self.path, "r+b") as file:
                 file.truncate(size)
         if self.board:
             self.open_board(purge_step=number)

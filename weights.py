@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from config import Parser, UserError, input_errors, run_main
+from cli import Parser, UserError, input_errors, run_main
 from containers import read_json, read_tensors, weight_file
 from model import (
     ContrastiveHead,

@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read
 
 # ruff: noqa: E402
 import world
-from config import run_main
+from cli import run_main
 from kernels import set_backend
 from model import DecoderConfig, ModelConfig, VisionLanguageModel
 from tokenizer import Tokenizer, train_tokenizer

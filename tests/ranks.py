@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing as mp
 
 import train
-from config import run_main
+from cli import run_main
 
 FEW = 16  # samples of a validation loss: tests look at the training
 server = multiprocessing.get_context("forkserver")

@@ -24,7 +24,8 @@ from PIL import Image
 import sample
 import train
 from checkpoint import latest_checkpoint, read_best
-from config import TrainConfig, UserError, parse
+from cli import UserError
+from config import TrainConfig, parse
 from data import Samples
 from drawn import DrawnWorld
 from model import VisionLanguageModel

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from config import UserError
+from cli import UserError
 from data import prompts
 from formats import Image, Ret, Text, caption_documents, chat_document
 from generate import generate
