@@ -20,7 +20,7 @@ from data import Batch, Encoded, collate, collate_options, encode, pixels
 from formats import Document
 from generate import generate
 from model import ModelConfig, VisionLanguageModel
-from parallel import Ranks
+from ranks import Ranks, wait_for_all
 from tokenizer import Tokenizer
 
 BATCH = 16  # questions answered side by side
@@ -141,10 +141,10 @@ def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Qu
                        + "\n")
             file.flush()
             bar.update()
-    ranks.wait()
+    wait_for_all()
     if ranks.is_first:
         merge(path, questions)
-    ranks.wait()
+    wait_for_all()
 
 
 def not_asked(why: str) -> None:

@@ -36,7 +36,7 @@ from data import Batch, Encoded, collate
 from kernels import IGNORE
 from model import ModelConfig, VisionLanguageModel
 from optim import freeze, make_optimizer
-from parallel import distribute, start_group, stop_group, this_rank, train_step
+from parallel import distribute, train_step
 from plan import (
     TOKENS,
     Work,
@@ -47,6 +47,7 @@ from plan import (
     work_of,
 )
 from presets import preset_model
+from ranks import start_group, stop_group, this_rank
 from watch import memory_peak
 from weights import filled, read_checkpoint
 

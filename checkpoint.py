@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 
+from ranks import gather_objects, my_rank, wait_for_all, world_size
+
 MARKER = "state.json"
 BLOCK = 2**24  # bytes that are read at once
 
@@ -59,9 +61,9 @@ class Saver:
         """
         self.finish()
         folder = self.run / "checkpoints" / f"step_{step:08d}"
-        if is_first():
+        if my_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # a cut-off one of the same step
-        wait()
+        wait_for_all()
         no_word_about_one_process()
         written = dcp.async_save(parts(model, optimizer, self.leave_out), checkpoint_id=folder,
                                  process_group=self.group, no_dist=self.group is None)
@@ -83,27 +85,27 @@ class Saver:
         mine, trouble = {}, ""
         try:
             written.result()
-            rank = dist.get_rank() if self.group else 0
+            rank = my_rank()
             own = [*folder.glob(f"__{rank}_*"), *(folder.glob(".metadata") if rank == 0 else ())]
             mine = {path.name: checksum(path) for path in own}
         except (CheckpointException, OSError, RuntimeError) as error:
             trouble = reason(error)
         found = gather_objects((mine, trouble), self.group)
         trouble = next((text for _, text in found if text), "")
-        if is_first() and not trouble:
+        if my_rank() == 0 and not trouble:
             sums = {name: value for files, _ in found for name, value in files.items()}
             try:
                 write_whole(folder / MARKER, sealed(state | {"files": sums}))
             except OSError as error:
                 trouble = reason(error)
         if trouble := gather_objects(trouble, self.group)[0]:
-            if is_first():
+            if my_rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             last = latest_checkpoint(self.run)
             raise ValueError(
                 f"{folder}: could not be written ({trouble}); mend that, then go on by --resume "
                 f"{self.run}, from " + (last.name if last else "the start"))
-        if is_first():
+        if my_rank() == 0:
             try:
                 if val_loss is not None:
                     mark_best(self.run, folder, state["stage"], val_loss)
@@ -121,7 +123,7 @@ class Saver:
 
     def forget_after(self, folder: Path) -> None:
         """Remove what was passed over for this checkpoint: damaged, it would be counted as kept."""
-        for later in whole_checkpoints(self.run) if is_first() else ():
+        for later in whole_checkpoints(self.run) if my_rank() == 0 else ():
             if later.name > folder.name:
                 remove(later)
 
@@ -157,23 +159,13 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer,
 
 def bad_file(folder: Path) -> str:
     """The first file of a checkpoint that is not what was written; "": all are. Ranks share it."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
-        mine = sorted(read_state(folder)["files"].items())[rank::size]
+        mine = sorted(read_state(folder)["files"].items())[my_rank()::world_size()]
         bad = next((name for name, value in mine if not (folder / name).is_file()
                     or checksum(folder / name) != value), "")
     except (OSError, ValueError):
         bad = MARKER
     return next((name for name in gather_objects(bad) if name), "")
-
-
-def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
-    """A small object of every rank, in their order."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group)
-    return values
 
 
 def checksum(path: Path) -> int:
@@ -271,12 +263,3 @@ def whole_checkpoints(run: Path) -> list[Path]:
 
 def latest_checkpoint(run: Path) -> Path | None:
     return next(reversed(whole_checkpoints(run)), None)
-
-
-def is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -40,7 +40,7 @@ from cli import Parser, UserError, commit, input_errors, pick_device, run_main
 from data import encode, pixels, prompts
 from formats import Document, Image, Ret, Text, asking
 from model import VisionLanguageModel
-from parallel import start_group, stop_group, this_rank
+from ranks import start_group, stop_group, this_rank, wait_for_all
 from scores import Result, bootstrap, by_id, in_form, retrieval
 from tokenizer import Tokenizer
 from vqa import cut_answer
@@ -389,7 +389,7 @@ def asked(args, benchmark: Benchmark, questions: list[Question], everything: lis
         raise UserError(f"--out {out}: is the folder of the data; choose another")
     if ranks.is_first:
         prepare(out, about)
-    ranks.wait()
+    wait_for_all()
     if args.shots >= 0 and args.benchmark in ("vqav2", "okvqa"):  # OpenFlamingo's own scorer
         benchmark = dataclasses.replace(benchmark, score=partial(benchmark.score,
                                                                  normalise="always"))

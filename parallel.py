@@ -10,15 +10,8 @@ What is computed never depends on how many ranks compute it (design law: N ranks
 FSDP *averages* gradients over ranks, so each rank's loss is multiplied by their number.
 """
 
-import contextlib
 import math
-import os
-import re
-import secrets
-import sys
-import time
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -28,134 +21,16 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-from cli import UserError, complain
 from config import TrainConfig
 from model import Output, VisionLanguageModel
+from ranks import Ranks, all_sum, my_rank, world_size
 from vision import NO_PICTURE
-
-MEETING = timedelta(days=1)  # in which all ranks have to come together
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among all of them; torchrun sets the environment, alone it is 0 of 1."""
-
-    rank: int
-    size: int
-    local: int  # its number on its machine
-    n_local: int  # processes on its machine
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        if dist.is_initialized():
-            dist.barrier()
-
-    @contextlib.contextmanager
-    def first_alone(self):
-        """The first rank may take its time within it: the others wait, longer than --timeout."""
-        group = dist.new_group(backend="gloo", timeout=MEETING) if dist.is_initialized() else None
-        yield
-        if group:
-            dist.barrier(group)
-            dist.destroy_process_group(group)
-
-
-def this_rank() -> Ranks:
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    rank, local, n_local = (int(os.environ.get(key, default)) for key, default in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", size)))
-    return Ranks(rank, size, local, n_local)
-
-
-def start_group(ranks: Ranks, device: torch.device, timeout: float = 600.0) -> dist.Store:
-    """Join the other ranks; a lone process makes a group of its own.
-
-    timeout: seconds that a rank waits for the others before it gives up. Returns what all can
-    write notes into for each other.
-    """
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    store = fresh_store(ranks) if ranks.size > 1 else dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size,
-                            timeout=timedelta(seconds=timeout))
-    return store
-
-
-def fresh_store(ranks: Ranks) -> dist.Store:
-    """Where ranks find each other, under a name that no earlier attempt of theirs has used.
-
-    torchrun's own store outlives a restart of its processes (torch 2.13), and who reads there where
-    another rank listens may find one that is dead. So the first rank draws a name, and each of the
-    others takes one that is answered. Some come a day late: they index data.
-    """
-    store, _, _ = next(rendezvous("env://", timeout=MEETING))
-    if ranks.is_first:
-        name = secrets.token_hex(8)
-        store.set("attempt", name)
-        for rank in range(1, ranks.size):
-            store.set(f"{name}/{rank}/answer", store.get(f"{name}/{rank}"))
-        return dist.PrefixStore(name, store)
-    call, answered = secrets.token_hex(8).encode(), False
-    deadline = time.monotonic() + MEETING.total_seconds()
-    while not answered:
-        if time.monotonic() > deadline:
-            raise RuntimeError("Timed out waiting for the first rank")
-        name = store.get("attempt").decode()
-        store.set(f"{name}/{ranks.rank}", call)
-        answer = f"{name}/{ranks.rank}/answer"
-        answered = store.check([answer]) and store.get(answer) == call
-        time.sleep(0.02)
-    return dist.PrefixStore(name, store)
-
-
-@contextlib.contextmanager
-def in_a_group(ranks: Ranks, device: torch.device, timeout: float):
-    """Within it, the ranks are a group that ends together.
-
-    A UserError is said once, by the rank that is the first to meet one. A rank that waits in vain
-    for another says so in one line, unless that is why.
-    """
-    store = None
-    try:
-        store = start_group(ranks, device, timeout)
-        yield
-        stop_group()
-    except UserError as error:
-        with contextlib.suppress(RuntimeError):  # the store is gone: with the rank that has said it
-            if store.add("said", 1) == 1:
-                complain(error)
-        raise SystemExit(2) from None
-    except RuntimeError as error:
-        lost = re.search(r"[Tt]imed out|[Cc]onnection (closed|reset|refused)|Broken pipe|[Gg]loo|"
-                         r"NCCL", str(error))
-        if ranks.size == 1 or not lost:
-            raise
-        with contextlib.suppress(RuntimeError):  # gone: nobody can tell
-            if store and store.check(["said"]):
-                os._exit(2)
-        sys.stderr.write(f"rank {ranks.rank}: another rank has ended, or has not answered within "
-                         f"--timeout; the run goes on from its last checkpoint by --resume "
-                         f"({str(error).splitlines()[0][:200]})\n")
-        sys.stderr.flush()
-        os._exit(1)  # its own group cannot be closed, since the others are gone
-
-
-def stop_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
 
 # --------------------------------------------------------------------------------------- sharding
 
@@ -287,10 +162,6 @@ def compile_blocks(model: VisionLanguageModel) -> None:
         block.compile(dynamic=True)
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def whole(parameter: Tensor) -> Tensor:
     """A parameter as on one rank; every rank must ask for it."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
@@ -301,16 +172,9 @@ def full_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, 
     state = {}
     for name, parameter in model.state_dict().items():
         gathered = whole(parameter)  # one after another: all of them would not fit on a GPU
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if my_rank() == 0:
             state[name] = gathered.to("cpu", dtype)
     return state
-
-
-def all_sum(values: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
 
 
 # ------------------------------------------------------------------------------ contrastive loss
@@ -397,7 +261,7 @@ def gather_rows(x: Tensor) -> tuple[int, Tensor]:
     padded = F.pad(x, (0, 0, 0, max(counts) - len(x))).contiguous()
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    return (sum(counts[: dist.get_rank()]),
+    return (sum(counts[: my_rank()]),
             torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]))
 
 

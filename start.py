@@ -19,8 +19,8 @@ from data import example_pictures
 from drawn import DrawnWorld
 from formats import Text
 from model import ModelConfig, VisionLanguageModel
-from parallel import Ranks
 from presets import preset_model
+from ranks import Ranks, wait_for_all
 from records import BadRecord
 from sources import DataSets, Stream
 from tokenizer import Tokenizer, train_tokenizer
@@ -103,7 +103,7 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, sets: DataSets | Non
         template = ["User: What is in the picture?", "Assistant:"]
         with input_errors(), disk_errors(path):
             train_tokenizer([*texts, *template], path, config.vocab_size)
-    ranks.wait()
+    wait_for_all()
     tokenizer = Tokenizer(path)
     decoder = dataclasses.replace(preset.decoder, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(config.seed)

@@ -30,7 +30,7 @@ from torch import Tensor
 import exam
 import world
 from augment import Augment
-from checkpoint import Saver, gather_objects, latest_checkpoint, load_checkpoint, mark_best
+from checkpoint import Saver, latest_checkpoint, load_checkpoint, mark_best
 from cli import UserError, disk_errors, input_errors, pick_device, pick_dtype, run_main
 from config import TrainConfig, check_groups, check_split, parse
 from data import Batch, ahead, collate, collate_options, encode, loader, sample_numbers
@@ -38,20 +38,10 @@ from formats import Document
 from kernels import backend_for, set_backend
 from model import VisionLanguageModel
 from optim import freeze, learning_rate, make_optimizer
-from parallel import (
-    Ranks,
-    all_sum,
-    distribute,
-    full_state,
-    in_a_group,
-    let_go,
-    losses,
-    this_rank,
-    train_step,
-    whole,
-)
+from parallel import distribute, full_state, let_go, losses, train_step, whole
 from plan import Work, flops, peak_flops, plan
 from plot import plot
+from ranks import Ranks, all_sum, gather_objects, in_a_group, this_rank, wait_for_all
 from records import BadRecord
 from runs import (
     Stopped,
@@ -145,7 +135,7 @@ def set_up(config: TrainConfig, ranks: Ranks, device: torch.device, dtype: torch
     state = stopped.state
     initial = None if stopped.checkpoint else initial_model(config)
     out, stopping = run_folder(config), stop_on_signals()
-    ranks.wait()  # for all to have looked before one of them writes
+    wait_for_all()  # for all to have looked before one of them writes
     if stopped.checkpoint:
         model, tokenizer = resumed_model(out, config, state["frozen"])
     else:

@@ -29,7 +29,7 @@ from checkpoint import latest_checkpoint
 from data import Text, collate, collate_options, encode
 from parallel import shard, train_step, whole
 from tests.ladder import write_captions, write_published
-from tests.ranks import Ranks, on_ranks, spawn
+from tests.launch import Ranks, on_ranks, spawn
 from tests.shards import write_shard
 from tests.test_train import QUICK, ROOT, curve, finish, log, picture_folder, start
 from weights import load_model

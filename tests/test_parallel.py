@@ -20,20 +20,9 @@ import torch.nn.functional as F
 from data import Image, Ret, Text, collate, collate_options, encode, sample_numbers
 from kernels import set_backend
 from optim import freeze
-from parallel import (
-    Ranks,
-    all_sum,
-    full_state,
-    info_nce,
-    losses,
-    recompute,
-    shard,
-    start_group,
-    stop_group,
-    train_step,
-    whole,
-)
-from tests.ranks import free_port, spawn
+from parallel import full_state, info_nce, losses, recompute, shard, train_step, whole
+from ranks import Ranks, all_sum, start_group, stop_group
+from tests.launch import free_port, spawn
 from vision import ResamplerConfig
 from weights import load_model, save_model
 

@@ -33,7 +33,7 @@ from optim import freeze, learning_rate, make_optimizer
 from sources import DataSets
 from start import align_words_and_pictures, initial_model, source
 from tests import checkpoints
-from tests.ranks import FEW, Ranks, on_ranks
+from tests.launch import FEW, Ranks, on_ranks
 from tests.shards import write_shard
 from tokenizer import Tokenizer
 from vision import open_image

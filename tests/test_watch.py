@@ -16,7 +16,7 @@ from cli import UserError
 from data import prompts
 from formats import Image, Ret, Text, caption_documents, chat_document
 from generate import generate
-from tests.ranks import FEW
+from tests.launch import FEW
 from tests.test_train import QUICK, log
 from watch import LONGEST_ANSWER, Log, answers, numbers, plain, prompt_and_answer
 

@@ -20,7 +20,7 @@ from cli import run_main
 
 FEW = 16  # samples of a validation loss: tests look at the training
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["tests.ranks", "torch._dynamo", "torch.distributed.fsdp",
+server.set_forkserver_preload(["tests.launch", "torch._dynamo", "torch.distributed.fsdp",
                                "torch.utils.tensorboard"])
 spawn = partial(mp.start_processes, start_method="forkserver")  # a function on some ranks
 
