@@ -1,14 +1,18 @@
 """How others publish weights: whose names are which of ours, and whose config says what.
 
-Every family is recognised by a tensor that none before it in the list has. Its table says which of
-its tensors is which of ours, and a function reads its config; the weights then run in our own ViT,
-resampler, decoder and gated blocks. What a config asks for and is not known here is refused. To
-support another checkpoint, add a table, a function and a Family; weights.py does the rest.
+FAMILIES are tried in order; the first whose `mark` is the name of a tensor wins. Its table says
+which of its tensors is which of ours, and a function reads its config; the weights then run in our
+own ViT, resampler, decoder and gated blocks. What a config asks for and is not known here is
+refused. To support another checkpoint, add a table, a function and a Family; weights.py does the
+rest. (A tensor that has to be changed in a new way needs a branch in `rename`, too, and a word in
+the list below; OpenCLIP weights without a config need a row in CLIP_TAGS.)
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -125,6 +129,15 @@ IGNORED_CLIP = (r"positional_embedding|text_projection(\.weight)?|token_embeddin
                 r"input_resolution|context_length|vocab_size")
 
 
+class Published(NamedTuple):
+    """What a config is read from."""
+
+    file: Path  # of the weights, or the first of their files; configs are next to it
+    tensors: dict[str, Tensor]
+    names: tuple[str, ...]  # of the ids after the tokenizer's pieces
+    activation: str  # what the user says of a CLIP whose files say nothing
+
+
 @dataclass(frozen=True)
 class Family:
     """A way of publishing weights; `mark` matches a name of a tensor that tells it from later ones.
@@ -133,30 +146,10 @@ class Family:
     title: str
     mark: str
     table: str
+    config: Callable[[Published], VisionConfig | DecoderConfig | ModelConfig]
     parts: tuple[str, ...] | None  # first words of our names that it fills; None: all
     ignored: str = IGNORED
-
-
-FAMILIES = (
-    Family("IDEFICS", r"model\.gated_cross_attn_layers\.0\.alpha_dense", IDEFICS, None),
-    Family("LLaMA, Meta's files", r"tok_embeddings\.weight", META_LLAMA,
-           ("embed", "blocks", "norm", "head")),
-    Family("LLaMA, Hugging Face files", r"model\.embed_tokens\.weight", HF_LLAMA,
-           ("embed", "blocks", "norm", "head")),
-    Family("CLIP, OpenAI's or OpenCLIP's names", r"visual\.conv1\.weight", OPENAI_CLIP,
-           ("vision",), f"{IGNORED}|{IGNORED_CLIP}"),
-    Family("CLIP, Hugging Face names", r"(.*\.)?embeddings\.class_embedding", HF_CLIP,
-           ("vision",), f"{IGNORED}|{IGNORED_CLIP}"),
-)
-
-
-def find_family(file: Path, tensors: dict[str, Tensor]) -> Family:
-    for family in FAMILIES:
-        if any(re.fullmatch(family.mark, name) for name in tensors):
-            return family
-    known = "; ".join(family.title for family in FAMILIES)
-    raise ValueError(f"{file}: none of the checkpoints known here ({known}): it has a tensor "
-                     f"{min(tensors, default='of no name')}")
+    may_be_tied: bool = False  # its config.json may say that the head is the embedding
 
 
 def rules(table: str) -> list[tuple[str, str, str]]:
@@ -245,11 +238,9 @@ OPENCLIP_KNOWN = ("image_size", "layers", "width", "head_width", "patch_size", "
 CLIP_HEADS = {1280: 80, 1408: 88, 1664: 104}  # widths (ViT-H, -g, -bigG) whose heads are not 64
 
 
-def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> VisionConfig:
-    """An OpenAI archive's architecture from its shapes, OpenCLIP's from its config or its tag.
-
-    `activation` is what the user says, for files that say nothing.
-    """
+def openai_config(published: Published) -> VisionConfig:
+    """An OpenAI archive's architecture from its shapes, OpenCLIP's from its config or its tag."""
+    file, tensors = published.file, published.tensors
     patches = tensors["visual.conv1.weight"]
     width, patch = patches.shape[0], patches.shape[-1]
     side = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
@@ -283,8 +274,8 @@ def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> Vi
         values |= {key: tuple(pictures[key]) for key in ("mean", "std") if key in pictures}
     elif "input_resolution" in tensors:  # OpenAI's own archive
         values["activation"] = "quick_gelu"
-    elif activation:
-        values["activation"] = activation
+    elif published.activation:
+        values["activation"] = published.activation
     elif not tag:
         raise ValueError(f"{file}: nothing says which activation it was trained with; put its "
                          f"open_clip_config.json beside it, or say it to `python weights.py "
@@ -292,12 +283,13 @@ def openai_config(file: Path, tensors: dict[str, Tensor], activation: str) -> Vi
     return VisionConfig(**values, head_dim=head, n_heads=width // head)
 
 
-def hf_clip_config(file: Path, tensors: dict[str, Tensor]) -> VisionConfig:
+def hf_clip_config(published: Published) -> VisionConfig:
     """transformers' CLIPConfig or CLIPVisionConfig; fields left out hold its defaults."""
-    values = read_json(file.parent / "config.json")
+    folder = published.file.parent
+    values = read_json(folder / "config.json")
     values = values.get("vision_config", values)
     heads, width = values.get("num_attention_heads", 12), values.get("hidden_size", 768)
-    projection = tensors.get("visual_projection.weight")
+    projection = published.tensors.get("visual_projection.weight")
     config = dict(
         dim=width, hidden_dim=values.get("intermediate_size", 3072), n_heads=heads,
         n_layers=values.get("num_hidden_layers", 12), head_dim=width // heads,
@@ -305,7 +297,7 @@ def hf_clip_config(file: Path, tensors: dict[str, Tensor]) -> VisionConfig:
         activation=values.get("hidden_act", "quick_gelu"), rgb="late",
         norm_eps=values.get("layer_norm_eps", 1e-5),
         embed_dim=None if projection is None else projection.shape[0])
-    return VisionConfig(**config | picture_rules(file.parent / "preprocessor_config.json"))
+    return VisionConfig(**config | picture_rules(folder / "preprocessor_config.json"))
 
 
 def picture_rules(path: Path) -> dict:
@@ -334,9 +326,9 @@ def llama_shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int | None,
                 head_dim=head_dim or dim // n_heads, cross_attn_every=every)
 
 
-def meta_config(file: Path, tensors: dict[str, Tensor]) -> DecoderConfig:
+def meta_config(published: Published) -> DecoderConfig:
     """Meta's params.json; a vocab_size of -1 means the table's. LLaMA-1 (eps 1e-6) reads 2048."""
-    path = file.parent / "params.json"
+    path, table = published.file.parent / "params.json", published.tensors["tok_embeddings.weight"]
     values = read_json(path)
     if values.get("use_scaled_rope"):
         raise ValueError(f"{path}: use_scaled_rope (Llama 3.1 and later) is not known here")
@@ -351,23 +343,23 @@ def meta_config(file: Path, tensors: dict[str, Tensor]) -> DecoderConfig:
             hidden = (wide + unit - 1) // unit * unit
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
-    width = tensors["tok_embeddings.weight"].shape[-1]
+    width = table.shape[-1]
     if width != dim and dim % width == 0:
-        raise ValueError(f"{file.parent}: the consolidated files hold {width} of {dim} columns; "
+        raise ValueError(f"{path.parent}: the consolidated files hold {width} of {dim} columns; "
                          f"{dim // width} times as many files belong to this model")
     rows, longest = values.get("vocab_size", -1), 2048 if eps < 1e-5 else 4096
     return DecoderConfig(**shape | dict(
         hidden_dim=hidden, norm_eps=eps, rope_theta=float(values.get("rope_theta", 1e4)),
         max_seq_len=min(values.get("sliding_window") or longest, longest),
-        vocab_size=len(tensors["tok_embeddings.weight"]) if rows < 0 else rows))
+        vocab_size=len(table) if rows < 0 else rows))
 
 
-def hf_llama_config(file: Path, tensors: dict[str, Tensor]) -> DecoderConfig:
+def hf_llama_config(published: Published) -> DecoderConfig:
     """transformers' LlamaConfig or MistralConfig, as versions 4 and 5 write them.
 
     Within a sliding window attention is plain causal attention, so max_seq_len ends there.
     """
-    path = file.parent / "config.json"
+    path = published.file.parent / "config.json"
     values = read_json(path)
     kind = values.get("model_type", "llama")
     if kind not in ("llama", "mistral"):
@@ -398,12 +390,19 @@ def hf_decoder(path: Path, values: dict) -> dict:
         max_seq_len=min(longest, values.get("sliding_window") or longest))
 
 
-def idefics_config(file: Path, names: tuple[str, ...]) -> ModelConfig:
+def idefics_config(published: Published) -> ModelConfig:
     """IDEFICS' config: nested as published, or flat as its first revisions.
 
-    The trained tower is exact GELU, also where an early config does not say so.
+    What differs from our own presets: a gated block stands before the first of every
+    `cross_layer_interval` layers, not the last; its feed-forward runs for every word (mlp_always),
+    so text alone is not plain LLaMA; its queries and keys may have an RMSNorm, its gates one value
+    for each channel. The class token is kept among a picture's tokens, which have no LayerNorm
+    (image_norm) after the ViT; pictures are squashed to a square; the resampler has ReLU, no biases
+    and may have norms on q and k; <fake_token_around_image> stands around pictures. The trained
+    tower is exact GELU, also where an early config does not say so.
     """
-    path = file.parent / "config.json"
+    folder, names = published.file.parent, published.names
+    path = folder / "config.json"
     v = read_json(path)
     seen, latents = v.get("vision_config") or {}, v.get("perceiver_config") or {}
 
@@ -427,7 +426,7 @@ def idefics_config(file: Path, names: tuple[str, ...]) -> ModelConfig:
         image_size=vision("image_size", 224), patch_size=vision("patch_size", 14),
         hidden_dim=vision("intermediate_size", 5120), norm_eps=vision("layer_norm_eps", 1e-5),
         activation=vision("hidden_act", "gelu"), embed_dim=None, keep_class=True,
-        **picture_rules(file.parent / "preprocessor_config.json") | {"resize": "squash"})
+        **picture_rules(folder / "preprocessor_config.json") | {"resize": "squash"})
     resampler = ResamplerConfig(
         n_latents=perceiver("resampler_n_latents", 64), n_layers=perceiver("resampler_depth", 6),
         n_heads=perceiver("resampler_n_heads", 16), head_dim=perceiver("resampler_head_dim", 96),
@@ -437,7 +436,7 @@ def idefics_config(file: Path, names: tuple[str, ...]) -> ModelConfig:
         tower, DecoderConfig(**decoder), resampler if v.get("use_resampler") else None,
         image_norm=False, special_tokens=names,
         chat="idefics-instruct" if "<end_of_utterance>" in names else "idefics",
-        blank_behind_special=blank_behind_special(file.parent))
+        blank_behind_special=blank_behind_special(folder))
 
 
 def blank_behind_special(folder: Path) -> bool:
@@ -492,15 +491,52 @@ def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+# --------------------------------------------------------------------------------- all families
+
+
+CLIP_PARTS, LLAMA_PARTS = ("vision",), ("embed", "blocks", "norm", "head")
+FAMILIES = (
+    Family("IDEFICS", r"model\.gated_cross_attn_layers\.0\.alpha_dense", IDEFICS, idefics_config,
+           None),
+    Family("LLaMA, Meta's files", r"tok_embeddings\.weight", META_LLAMA, meta_config, LLAMA_PARTS),
+    Family("LLaMA, Hugging Face files", r"model\.embed_tokens\.weight", HF_LLAMA, hf_llama_config,
+           LLAMA_PARTS, may_be_tied=True),
+    Family("CLIP, OpenAI's or OpenCLIP's names", r"visual\.conv1\.weight", OPENAI_CLIP,
+           openai_config, CLIP_PARTS, f"{IGNORED}|{IGNORED_CLIP}"),
+    Family("CLIP, Hugging Face names", r"(.*\.)?embeddings\.class_embedding", HF_CLIP,
+           hf_clip_config, CLIP_PARTS, f"{IGNORED}|{IGNORED_CLIP}"),
+)
+
+
+def find_family(file: Path, tensors: dict[str, Tensor]) -> Family:
+    """The family of these tensors; ValueError, which names `file`, if it is not known here."""
+    for family in FAMILIES:
+        if any(re.fullmatch(family.mark, name) for name in tensors):
+            return family
+    known = "; ".join(family.title for family in FAMILIES)
+    raise ValueError(f"{file}: none of the checkpoints known here ({known}): it has a tensor "
+                     f"{min(tensors, default='of no name')}")
+
+
 def published_config(family: Family, file: Path, tensors: dict[str, Tensor],
                      n_pieces: int | None, activation: str) -> ModelConfig:
     """A family's config as ours; parts that it does not have hold the defaults.
 
-    n_pieces: of the tokenizer beside it, if there is one; activation: what the user says of a CLIP.
+    n_pieces: of the tokenizer next to it, if there is one; activation: see Published.
     Raises ValueError naming the file and what in it is out of reach.
     """
     try:
-        return _published_config(family, file, tensors, n_pieces, activation)
+        n_rows = sum(len(tensors[theirs]) for theirs, ours, _ in rules(family.table)
+                     if ours in ("embed", "special_embed"))
+        names = tuple(names_behind(file.parent, n_pieces, n_rows) if n_rows and n_pieces else ())
+        config = family.config(Published(file, tensors, names, activation))
+        if isinstance(config, VisionConfig):
+            return ModelConfig(config, DecoderConfig())
+        if isinstance(config, DecoderConfig):
+            ours = ModelConfig(VisionConfig(), config)
+            return replace(ours, special_tokens=names + ours.special_tokens,
+                           blank_behind_special=blank_behind_special(file.parent))
+        return config
     except KeyError as error:
         raise ValueError(f"{file}: {error.args[0]} is missing") from None
     except ValueError as error:
@@ -508,22 +544,3 @@ def published_config(family: Family, file: Path, tensors: dict[str, Tensor],
         raise ValueError(f"{at}{error}") from None
     except (TypeError, AttributeError, ArithmeticError, IndexError, StopIteration) as error:
         raise ValueError(f"{file.parent}: a value of its config cannot be: {error}") from None
-
-
-def _published_config(family: Family, file: Path, tensors: dict[str, Tensor],
-                      n_pieces: int | None, activation: str) -> ModelConfig:
-    config = ModelConfig(VisionConfig(), DecoderConfig())
-    if family.table is OPENAI_CLIP:
-        return replace(config, vision=openai_config(file, tensors, activation))
-    if family.table is HF_CLIP:
-        return replace(config, vision=hf_clip_config(file, tensors))
-    table = "tok_embeddings.weight" if family.table is META_LLAMA else "model.embed_tokens.weight"
-    n_rows = len(tensors[table])
-    if family.table is IDEFICS:
-        n_rows += len(tensors["model.embed_tokens.additional_embedding.weight"])
-    names = tuple(names_behind(file.parent, n_pieces, n_rows) if n_pieces else ())
-    if family.table is IDEFICS:
-        return idefics_config(file, names)
-    decoder = (meta_config if family.table is META_LLAMA else hf_llama_config)(file, tensors)
-    return replace(config, decoder=decoder, special_tokens=names + config.special_tokens,
-                   blank_behind_special=blank_behind_special(file.parent))

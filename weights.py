@@ -42,7 +42,6 @@ from model import (
     VisionLanguageModel,
 )
 from published import (
-    HF_LLAMA,
     Family,
     find_family,
     original,
@@ -139,7 +138,7 @@ def read_checkpoint(path: str | Path, settings: dict[str, object] | None = None)
         state, ignored, unknown = rename(tensors, family, config.decoder)
     except ValueError as error:
         raise ValueError(f"{file.parent}: {error}") from None
-    if family.table is HF_LLAMA and "head" not in state and read_json(
+    if family.may_be_tied and "head" not in state and read_json(
             file.parent / "config.json").get("tie_word_embeddings"):
         state["head"] = state["embed"].clone()
     return Checkpoint(path, file, family.title, config, family.parts, state, beside, ignored,
