@@ -1,12 +1,14 @@
-"""Augmentation: what a picture may look like the next time, and still be told about in these words.
+"""Augmentation: changes to a training picture that keep its words true.
+
+Read after data.py, which calls `load_picture` for every picture of a sample.
 
     random_crop     most of the picture, a little wider or narrower, on the CPU where it is read
     jitter          brightness, contrast and saturation, on the device, a few numbers a picture
 
-What would make the words wrong is left out: mirror images (left and right), other hues (colours),
-and every change of a picture whose words hold a box; where a model sees the middle of a picture
-alone, boxes are told in what it sees (`boxes_as_seen`). (As CLIP's successors train: Radford et al.
-2021, section 2.4, a random square crop is the only augmentation; the VILA card adds the jitter.)
+Never flipped: "on the left" would become wrong. Nor do hues change (colours would), nor any picture
+whose words hold a box; where a model sees only the middle of a picture, boxes are converted to what
+it sees (`boxes_as_seen`). (As CLIP's successors train: Radford et al. 2021, section 2.4, a random
+square crop is the only augmentation; the VILA card adds the jitter.)
 
 A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time, so a picture is
 read no larger than the crop needs. Evaluation never does this: vision.preprocess is exact.
@@ -32,6 +34,8 @@ from vision import PictureError, open_image, preprocess, readable, to_rgb
 
 MIN_SIDE = 10  # pixels; less is no picture
 ASPECT = 4 / 3  # a crop is stretched at most by this
+NUMBER = r"\s*-?\d*\.?\d+\s*"
+ANY_BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 GREY = (0.299, 0.587, 0.114)  # how bright red, green and blue look (ITU-R BT.601)
 
 
@@ -53,7 +57,7 @@ class Picture:
     factors: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
-def ready(reference: object, size: int, resize: str, rgb: str, augment: Augment | None,
+def load_picture(reference: object, size: int, resize: str, rgb: str, augment: Augment | None,
           rng: Random | None) -> np.ndarray | Picture:
     """A picture's reference -> its pixels at (size, size), changed if rng is given.
 
@@ -124,10 +128,9 @@ def jitter(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def holds_box(documents: list[Document]) -> bool:
-    """Whether any of the words is a box: four numbers in brackets."""
-    number = r"\s*-?\d*\.?\d+\s*"
-    box = re.compile(rf"\[{number},{number},{number},{number}\]")
-    return any(isinstance(segment, Text) and box.search(segment.string)
+    """Whether any of the words may be a box: four numbers in brackets, also of forms that boxes.BOX
+    does not convert, since no crop may make them wrong."""
+    return any(isinstance(segment, Text) and ANY_BOX.search(segment.string)
                for document in documents for segment in document)
 
 

@@ -140,7 +140,7 @@ def random_prompts(config: ModelConfig, n: int, picture: bool) -> Batch:
         pictures = [rng.integers(0, 256, (size, size, 3), np.uint8)] if picture else []
         ids = [BOS, *[image] * picture, *words]
         samples.append([Encoded(ids, [False] * len(ids), pictures, [])])
-    return collate(samples, image_id=image, visible_images=config.decoder.visible_images, eos_id=2,
+    return collate(samples, image_id=image, visible_images=config.decoder.visible_images,
                    image_size=size, tokens_per_image=config.tokens_per_image)
 
 

@@ -125,7 +125,7 @@ def captions(config: ModelConfig, n: int, n_words: tuple[int, int], seed: int) -
 
 def packed(documents: list[Encoded], config: ModelConfig) -> Batch:
     return collate([[document] for document in documents], image_id=config.decoder.vocab_size + 1,
-                   visible_images=config.decoder.visible_images, eos_id=EOS,
+                   visible_images=config.decoder.visible_images,
                    image_size=config.vision.image_size, tokens_per_image=config.tokens_per_image)
 
 

@@ -101,8 +101,8 @@ class Examined(Samples):
     def __len__(self) -> int:
         return len(self.source)
 
-    def made_of(self, sample: Sample) -> dict:
-        self.encoded(sample.documents)
+    def prepare(self, sample: Sample) -> dict:
+        self.encode_all(sample.documents)
         return look(sample.documents)
 
 

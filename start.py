@@ -11,19 +11,21 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 import world
 from cli import disk_errors, input_errors
 from config import TrainConfig
-from data import example_pictures
+from data import pixels
 from drawn import DrawnWorld
-from formats import Text
+from formats import Image, Ret, Text
 from model import ModelConfig, VisionLanguageModel
 from presets import preset_model
 from ranks import Ranks, wait_for_all
 from records import BadRecord
 from sources import DataSets, Stream
 from tokenizer import Tokenizer, train_tokenizer
+from vision import PictureError
 from weights import BUILT_IN, assemble, load_model
 
 WORDS_FROM = 10_000  # samples whose words a tokenizer is trained on
@@ -112,6 +114,25 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, sets: DataSets | Non
     align_words_and_pictures(model)
     open_gates(model, config)
     return model, tokenizer
+
+
+def example_pictures(source, size: int, n: int) -> Tensor:
+    """A picture of each of the first n samples of a source, uint8 (at most n, 3, size, size).
+
+    PictureError if none of them can be read.
+    """
+    pictures: list[Tensor] = []
+    for index in range(n):
+        try:
+            segments = [segment for document in source.at(index).documents
+                        for segment in document]
+            shown = next(s.reference for s in segments if isinstance(s, Image | Ret))
+            pictures.append(pixels(shown, size))
+        except (PictureError, BadRecord) as error:
+            reason = str(error)
+    if not pictures:
+        raise PictureError(f"none of the first {n} pictures can be read: {reason}")
+    return torch.stack(pictures)
 
 
 def own_words(samples: Stream) -> list[str]:

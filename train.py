@@ -299,8 +299,9 @@ def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Ite
     """This rank's micro-batches. A sample that cannot be used is left out and counted."""
     c = run.config
     numbers = sample_numbers(first_step * c.batch_size, n_steps - first_step,
-                             batch_size=c.batch_size, accum=c.accumulation(run.ranks.size),
-                             rank=run.ranks.rank, world_size=run.ranks.size)
+                             batch_size=c.batch_size, rank=run.ranks.rank,
+                             grad_accum_steps=c.accumulation(run.ranks.size),
+                             world_size=run.ranks.size)
     samples = source(c, run.sets, stage, run.model.config)
     changes = Augment(c.random_crop, c.jitter) if run.sets else None
     for batch in ahead(loader(samples, run.tokenizer, run.model.config, numbers, c.workers,

@@ -14,7 +14,7 @@ from PIL import Image as PIL_Image
 from PIL import ImageOps
 
 import augment
-from augment import Augment, Picture, boxes_as_seen, holds_box, jitter, random_crop, ready
+from augment import Augment, Picture, boxes_as_seen, holds_box, jitter, load_picture, random_crop
 from data import Samples
 from formats import Image, Ret, Text, caption_documents, chat_document
 from records import BadRecord
@@ -130,22 +130,22 @@ def test_no_half_of_a_picture_is_trained_on(spoil, reason):
     content = spoil(encoded(gradient(640, 480), "JPEG"))
     for rng, changes in ((None, Augment()), (Random(0), Augment(0.9))):
         with pytest.raises(PictureError) as error:
-            ready(content, 32, *RULE, changes, rng)
+            load_picture(content, 32, *RULE, changes, rng)
         assert reason is None or error.value.reason == reason
 
 
 def test_without_a_draw_a_picture_is_what_evaluation_sees():
     content = encoded(gradient(90, 70))
     seen = preprocess(open_image(content, rgb=False), 32, *RULE)
-    assert torch.equal(ready(content, 32, *RULE, Augment(0.5, 0.5), None).pixels, seen)
-    calm = ready(content, 32, *RULE, Augment(), Random(0))
+    assert torch.equal(load_picture(content, 32, *RULE, Augment(0.5, 0.5), None).pixels, seen)
+    calm = load_picture(content, 32, *RULE, Augment(), Random(0))
     assert torch.equal(calm.pixels, seen) and calm.factors == (1.0, 1.0, 1.0)
 
 
 def test_twins_share_a_number_whatever_was_drawn_for_them(tmp_path):
     content, other = encoded(gradient(90, 70)), encoded(gradient(91, 70))
     def keys(*contents):
-        return [ready(c, 32, *RULE, Augment(0.5, 0.5), Random(i)).key
+        return [load_picture(c, 32, *RULE, Augment(0.5, 0.5), Random(i)).key
                 for i, c in enumerate(contents)]
     one, twin, stranger = keys(content, bytes(bytearray(content)), other)
     assert one == twin != stranger
@@ -153,7 +153,7 @@ def test_twins_share_a_number_whatever_was_drawn_for_them(tmp_path):
 
 def test_an_array_is_a_picture_already():
     array = np.zeros((8, 8, 3), np.uint8)
-    assert ready(array, 32, *RULE, Augment(0.5, 0.5), Random(0)) is array
+    assert load_picture(array, 32, *RULE, Augment(0.5, 0.5), Random(0)) is array
 
 
 # --------------------------------------------------------------------------------------- jitter

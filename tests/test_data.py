@@ -24,7 +24,6 @@ from data import (
     Encoded,
     collate,
     encode,
-    example_pictures,
     loader,
     pixels,
     prompts,
@@ -35,6 +34,7 @@ from formats import Image, Ret, Text, caption_documents, chat_document
 from kernels import IGNORE, attention_hints
 from kernels.attention import check_intervals
 from sources import DataSets, Sample, Stream
+from start import example_pictures
 from tally import Origin, Tally, too_bad
 from vision import ResamplerConfig, open_image
 
@@ -310,7 +310,8 @@ def test_every_number_of_ranks_takes_the_same_samples_in_each_step(
 ):
     size = ranks * accum * per_rank
     parts = [
-        [*sample_numbers(first, n_steps, batch_size=size, accum=accum, rank=r, world_size=ranks)]
+        [*sample_numbers(first, n_steps, batch_size=size, grad_accum_steps=accum, rank=r,
+                         world_size=ranks)]
         for r in range(ranks)
     ]
     assert all(len(part) == n_steps * accum for part in parts)
@@ -321,7 +322,8 @@ def test_every_number_of_ranks_takes_the_same_samples_in_each_step(
 @MANY
 @given(st.integers(0, 5), st.integers(1, 3), st.integers(1, 3))
 def test_a_run_that_starts_at_a_later_step_takes_the_rest_of_the_samples(done, accum, ranks):
-    options = dict(batch_size=12 * accum * ranks, accum=accum, rank=ranks - 1, world_size=ranks)
+    options = dict(batch_size=12 * accum * ranks, grad_accum_steps=accum, rank=ranks - 1,
+                   world_size=ranks)
     whole = [*sample_numbers(0, 5, **options)]
     rest = [*sample_numbers(done * options["batch_size"], 5 - done, **options)]
     assert rest == whole[done * accum :]
@@ -424,7 +426,7 @@ def test_workers_give_the_same_batches_in_the_same_order(tokenizer, tiny_config,
     broken(pairs[1])
     config = tiny_config(visible_images="all", max_images=2, max_seq_len=1024)
     for source in (DrawnWorld("instruct", SIZE, seed=3), stream(pairs)):
-        numbers = [*sample_numbers(7, 4, batch_size=6, accum=2, rank=0, world_size=1)]
+        numbers = [*sample_numbers(7, 4, batch_size=6, grad_accum_steps=2, rank=0, world_size=1)]
         alone, helped = (
             [*loader(source, tokenizer, config, iter(numbers), workers)] for workers in (0, 2))
         assert len(alone) == len(numbers) and equal(alone, helped)

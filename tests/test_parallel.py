@@ -172,8 +172,9 @@ def eight_samples(tokenizer) -> list:
 def split(samples: list, case: Case, n_ranks: int, options: dict) -> list[list]:
     """The micro-batches of every rank."""
     return [[collate([samples[i] for i in numbers], **options)
-             for numbers in sample_numbers(0, 1, batch_size=8, accum=case.n_micro, rank=rank,
-                                           world_size=n_ranks)] for rank in range(n_ranks)]
+             for numbers in sample_numbers(0, 1, batch_size=8, grad_accum_steps=case.n_micro,
+                                           rank=rank, world_size=n_ranks)]
+            for rank in range(n_ranks)]
 
 
 def computed(model, case: Case, batches: list) -> tuple[list, dict]:

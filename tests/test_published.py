@@ -457,20 +457,6 @@ def test_every_choice_of_idefics_is_ours_too(tmp_path, changes):
     assert difference(model, theirs, batch, seen) < CLOSE
 
 
-def test_behind_an_end_of_text_its_pictures_are_out_of_sight(files):
-    place, _, _, idefics = files
-    model, tokenizer = load_model(place / "idefics")
-    document = [Picture(checkpoints.picture(0)), Text("a red cat"), Text("</s>", special=True),
-                Text("the blue dog"), Picture(checkpoints.picture(1)), Text("runs")]
-    tokenizer.special_id = {"</s>": tokenizer.eos_id}.get
-    wrap = tokenizer.vocab_size
-    tokenizer.image_ids = lambda behind_image: [wrap, tokenizer.image_id, wrap]
-    batch, seen = idefics_inputs(model, tokenizer, [document])
-    blind = batch.image_start == batch.image_end
-    assert blind[len(blind) // 2 - 2 :].any() and blind[:2].tolist() == [True, True]
-    assert difference(model, idefics, batch, seen) < CLOSE
-
-
 def test_packed_documents_of_idefics_are_those_of_each_alone(files):
     model, tokenizer = load_model(files[0] / "idefics")
     documents = [picture_document(seeds, tokenizer) for seeds in ([0], [], [1, 2])]

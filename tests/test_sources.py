@@ -274,7 +274,7 @@ def test_any_ranks_workers_and_places_to_start_see_the_same_samples(
     def seen(size: int, workers: int, first: int, n_steps: int) -> list[set]:
         steps = [set() for _ in range(n_steps)]
         for rank in range(size):
-            numbers = sample_numbers(first, n_steps, batch_size=8, accum=1, rank=rank,
+            numbers = sample_numbers(first, n_steps, batch_size=8, grad_accum_steps=1, rank=rank,
                                      world_size=size)
             batches = loader(samples, tokenizer, config, numbers, workers)
             for step, batch in zip(steps, batches, strict=True):

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "presets": {"model", "vision"},
     "optim": {"model", "config"},
     "start": {"model", "tokenizer", "world", "records", "formats", "sources", "drawn", "data",
-              "weights", "presets", "cli", "config", "ranks"},
+              "weights", "presets", "cli", "config", "ranks", "vision"},
     "config": {"cli", "presets", "sources"},
     "ranks": {"cli"},
     "parallel": {"vision", "model", "config", "ranks"},
