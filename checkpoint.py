@@ -3,12 +3,14 @@
     out/tiny/checkpoints/step_00001000/
         *.distcp, .metadata    parameters and optimizer state (torch.distributed.checkpoint)
         state.json             where the run stood, and a checksum of every file and of itself;
-                               written last, so it marks a whole checkpoint
+                               written last, so it marks a complete checkpoint
     out/tiny/best.json         which of them had the lowest validation loss
 
 Every rank writes its own shards and reads whichever pieces its new share needs: a run that stopped
-on two ranks goes on with one, or four. The state of the data is a single integer, the step, since
-the order of the samples depends on nothing else (data.sample_numbers).
+on two ranks continues on one, or four. The state of the data is a single integer, the step, since
+the order of the samples depends on nothing else (data.sample_numbers). No random generator is
+saved: after the first weights every draw (order, crops, drawn scenes) is a function of the seed and
+a sample's number. Read after train.py.
 """
 
 import json
@@ -24,7 +26,6 @@ from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
@@ -42,7 +43,7 @@ class Saver:
     """Writes the checkpoints of a run, one at a time, while training goes on.
 
     All ranks make one together, and call its methods together. Only the copying of what is saved
-    takes training's time. keep: that many whole checkpoints stay, and the best of the stage.
+    takes training's time. keep: that many complete checkpoints stay, and the best of the stage.
     leave_out: names of parameters that are not saved, since their files are still there.
     """
 
@@ -64,13 +65,13 @@ class Saver:
         if my_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # a cut-off one of the same step
         wait_for_all()
-        no_word_about_one_process()
+        silence_single_process_warning()
         written = dcp.async_save(parts(model, optimizer, self.leave_out), checkpoint_id=folder,
                                  process_group=self.group, no_dist=self.group is None)
         self.saving = self.thread.submit(self.complete, folder, written, state, val_loss)
 
     def finish(self) -> None:
-        """Wait until what was begun is whole. ValueError if it cannot be."""
+        """Wait until what was begun is complete. ValueError if it cannot be."""
         if self.saving:
             saving, self.saving = self.saving, None
             saving.result()
@@ -81,7 +82,7 @@ class Saver:
         return bool(self.saving and self.saving.done() and self.saving.exception())
 
     def complete(self, folder: Path, written: Future, state: dict, val_loss: float | None) -> None:
-        """In the background: what makes a checkpoint whole. Every rank adds up its own files."""
+        """In the background: what makes a checkpoint complete. Every rank adds up its own files."""
         mine, trouble = {}, ""
         try:
             written.result()
@@ -110,26 +111,26 @@ class Saver:
                 if val_loss is not None:
                     mark_best(self.run, folder, state["stage"], val_loss)
                 self.forget_old(state.get("stage"))
-            except OSError as error:  # the new one is whole all the same
+            except OSError as error:  # the new one is complete all the same
                 sys.stderr.write(f"{self.run}: best.json and older checkpoints are as they were "
                                  f"({reason(error)})\n")
 
     def forget_old(self, stage: int) -> None:
         best = read_best(self.run)
         kept = best.get("checkpoint") if best.get("stage") == stage else None
-        for old in whole_checkpoints(self.run)[: -self.keep]:
+        for old in complete_checkpoints(self.run)[: -self.keep]:
             if old.name != kept:
                 remove(old)
 
     def forget_after(self, folder: Path) -> None:
         """Remove what was passed over for this checkpoint: damaged, it would be counted as kept."""
-        for later in whole_checkpoints(self.run) if my_rank() == 0 else ():
+        for later in complete_checkpoints(self.run) if my_rank() == 0 else ():
             if later.name > folder.name:
                 remove(later)
 
 
 def remove(folder: Path) -> None:
-    (folder / MARKER).unlink()  # first, so that a half-deleted one is not taken for whole
+    (folder / MARKER).unlink()  # first, so that a half-deleted one is not taken for complete
     shutil.rmtree(folder)
 
 
@@ -137,7 +138,7 @@ def parts(model: nn.Module, optimizer: Optimizer, leave_out: Collection[str]) ->
     """All that is saved of a run but its state.json, by reference."""
     weights, moments = get_state_dict(model, optimizer)
     return {"model": {name: w for name, w in weights.items() if name not in leave_out},
-            "optimizer": moments, "random": torch.get_rng_state()}
+            "optimizer": moments}
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer,
@@ -148,13 +149,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer,
     """
     saved = parts(model, optimizer, leave_out)
     try:
-        no_word_about_one_process()
+        silence_single_process_warning()
         dcp.load(saved, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError,
             pickle.UnpicklingError) as error:
         raise ValueError(damaged(folder, type(error).__name__)) from error
     set_optimizer_state_dict(model, optimizer, saved["optimizer"])
-    torch.set_rng_state(saved["random"])
 
 
 def bad_file(folder: Path) -> str:
@@ -196,7 +196,7 @@ def write_whole(path: Path, text: str) -> None:
     unfinished.rename(path)
 
 
-def no_word_about_one_process() -> None:
+def silence_single_process_warning() -> None:
     """torch would warn at every checkpoint that there is one process; from another thread, even."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
 
@@ -212,10 +212,10 @@ def read_state(folder: Path) -> dict:
     try:
         state = json.loads(text)
         del state["checksum"]
-        whole = sealed(state) == text
+        intact = sealed(state) == text
     except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise ValueError(damaged(folder, MARKER))
     return state
 
@@ -234,7 +234,7 @@ def read_best(run: Path) -> dict:
         best = json.loads((run / "best.json").read_text())
     except (OSError, ValueError):
         return {}
-    return best if run / "checkpoints" / best["checkpoint"] in whole_checkpoints(run) else {}
+    return best if run / "checkpoints" / best["checkpoint"] in complete_checkpoints(run) else {}
 
 
 def damaged(folder: Path, what: str) -> str:
@@ -245,7 +245,7 @@ def newest_good(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are what was written, and a line for each that was passed
     over; None: there is none at all. ValueError if there are some, and all of them are damaged."""
     notes: list[str] = []
-    for folder in reversed(whole_checkpoints(run)):
+    for folder in reversed(complete_checkpoints(run)):
         if not (bad := bad_file(folder)):
             return folder, notes
         notes.append(damaged(folder, bad))
@@ -255,11 +255,11 @@ def newest_good(run: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def whole_checkpoints(run: Path) -> list[Path]:
+def complete_checkpoints(run: Path) -> list[Path]:
     """All finished checkpoints of a run folder, oldest first."""
     return sorted(folder for folder in (run / "checkpoints").glob("step_*")
                   if re.fullmatch(r"step_\d{8,}", folder.name) and (folder / MARKER).is_file())
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    return next(reversed(whole_checkpoints(run)), None)
+    return next(reversed(complete_checkpoints(run)), None)

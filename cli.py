@@ -120,6 +120,14 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"

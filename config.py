@@ -167,7 +167,7 @@ class TrainConfig:
             name = self.preset + (f"-{self.stage}" if self.stage else "")
         return Path(self.out or f"out/{name}")
 
-    def accumulation(self, n_ranks: int) -> int:
+    def grad_accum_steps(self, n_ranks: int) -> int:
         """In how many micro-batches each of n_ranks works through a step; see check_split."""
         share = self.batch_size // n_ranks
         return share // min(self.micro_batch or share, share)

@@ -1,6 +1,7 @@
 """Many ranks as one: sharding, the losses over all ranks, one training step.
 
-What is computed never depends on how many ranks compute it (design law: N ranks == 1 rank):
+Read with train.py, after ranks.py. Of N ranks each stores 1/N of what is trained (`shard`) and
+computes 1/N of every batch (`losses`). What is computed never depends on N (README, Laws):
 
     token loss        sum over all targets of the global batch / their number. The number is
                       known before the first forward: one all-reduce of a few counts a step.
@@ -37,28 +38,38 @@ from vision import NO_PICTURE
 
 def distribute(model: VisionLanguageModel, c: TrainConfig, ranks: Ranks, device: torch.device,
                dtype: torch.dtype) -> None:
-    """Put the model where it is trained: whole on one device in fp32, or in shards."""
+    """Put the model where it is trained: complete on one device in fp32, or in shards."""
     recompute(model, c.recompute)
     if c.compile == "yes":
         compile_blocks(model)
-    if ranks.size == 1 and dtype == torch.float32:
-        place(model, device)
+    if is_plain(ranks, dtype):
+        to_device(model, device)
         return
     shard(model, dtype, device, only_trained=c.shard == "trained", reshard=c.reshard == "yes",
           replicate=c.replicate or ranks.size // ranks.n_local, prefetch=c.prefetch)
 
 
+def is_plain(ranks: Ranks, dtype: torch.dtype) -> bool:
+    """Whether neither a group nor FSDP is needed. One GPU in bf16 is FSDP over a single rank, too:
+    it supplies the fp32 masters."""
+    return ranks.size == 1 and dtype == torch.float32
+
+
 def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device | None = None,
           *, only_trained: bool = False, reshard: bool = True, replicate: int = 1,
           prefetch: int = 0) -> None:
-    """FSDP2 in place: groups of blocks (in_groups), the rest in the root; fp32 masters and
-    reductions.
+    """FSDP2 in place. Of N ranks each keeps 1/N of the rows (dim 0) of every trained parameter, in
+    fp32, and so of its gradient and of AdamW's two moments.
 
-    What is frozen by now is frozen for good: it is kept in `dtype`, and with only_trained whole on
-    every rank, where nothing has to be gathered for it. reshard: a block's gathered weights are let
-    go of after its forward pass and gathered again for the backward one. replicate: so many groups
-    of ranks that each hold all of the model (HSDP): gathering stays within a group, only gradients
-    cross. prefetch: so many blocks are gathered ahead of the one that computes.
+    Just before a group of modules runs, its rows are gathered in `dtype`; gradients are reduced in
+    fp32. Groups are in_groups'; the root holds everything else: tables, head, norms, patch
+    embedding, projections. What is frozen by now is frozen for good: it is kept in `dtype`, cut the
+    same way or, with only_trained, complete on every rank, where nothing has to be gathered for it.
+
+    reshard: a block's gathered weights are freed after its forward pass and gathered again for the
+    backward one. replicate: this many groups of ranks that each hold all of the model (HSDP):
+    gathering stays within a group, only gradients cross. prefetch: this many blocks are gathered
+    ahead of the one that computes.
 
     Every rank copies its own rows to `device` (by default where the model is), and touches no
     others: of weights that are mapped from files it reads only these.
@@ -73,16 +84,13 @@ def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device |
     weights = {name: p.detach() for name, p in model.named_parameters()}
     device = device or model.embed.device
     model.to("meta", torch.float32)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
-    frozen = {p for p in model.parameters() if not p.requires_grad}
+    store_frozen_in(model, dtype)
+    n_parts = world_size() // replicate
     names = ("replicate", "shard") if replicate > 1 else ("shard",)
-    sizes = (replicate, world_size() // replicate) if replicate > 1 else (world_size(),)
+    sizes = (replicate, n_parts)[-len(names):]
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    ignored = frozen if only_trained else set()
+    ignored = {p for p in model.parameters() if only_trained and not p.requires_grad}
     groups = [[b for b in group if any(p not in ignored for p in b.parameters())]
               for group in in_groups(model)]
     groups = [group for group in groups if group]
@@ -95,26 +103,39 @@ def shard(model: VisionLanguageModel, dtype: torch.dtype, device: torch.device |
     for i, first in enumerate(firsts[:-1] if prefetch else ()):
         first.set_modules_to_forward_prefetch(firsts[i + 1 : i + 1 + prefetch])
     model.to_empty(device=device)
-    part, n_parts = mesh.get_local_rank("shard"), sizes[-1]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            weight = weights[name]
-            if hasattr(parameter, "to_local"):  # cut into equal parts, the last ones shorter
-                parameter = parameter.to_local()
-                weight = weight.chunk(n_parts)[part] if parameter.numel() else parameter
-            if not weight.is_meta:  # else a checkpoint is about to fill it
-                parameter.copy_(weight)
+    copy_own_rows(model, weights, mesh.get_local_rank("shard"), n_parts)
 
 
-def let_go(model: VisionLanguageModel) -> None:
-    """Of gathered weights, which FSDP keeps for a backward pass that does not come."""
+def store_frozen_in(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """Replace frozen parameters by ones of this dtype, in place."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+
+
+@torch.no_grad()
+def copy_own_rows(model: VisionLanguageModel, weights: dict[str, Tensor], part: int, n_parts: int
+                  ) -> None:
+    """Fill a sharded model from the weights it had before, by this rank's part of the rows."""
+    for name, parameter in model.named_parameters():
+        weight = weights[name]
+        if hasattr(parameter, "to_local"):  # cut into equal parts, the last ones shorter
+            parameter = parameter.to_local()
+            weight = weight.chunk(n_parts)[part] if parameter.numel() else parameter
+        if not weight.is_meta:  # else a checkpoint is about to fill it
+            parameter.copy_(weight)
+
+
+def reshard_all(model: VisionLanguageModel) -> None:
+    """Free gathered weights, which FSDP keeps for a backward pass that does not come."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
 
 
-def place(model: VisionLanguageModel, device: torch.device) -> None:
-    """A whole model on one device, in fp32, in place; what has no memory yet gets some."""
+def to_device(model: VisionLanguageModel, device: torch.device) -> None:
+    """A complete model on one device, in fp32, in place; what has no memory yet gets some."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             new = (torch.empty_like(parameter, device=device) if parameter.is_meta
@@ -124,7 +145,7 @@ def place(model: VisionLanguageModel, device: torch.device) -> None:
 
 def in_groups(model: VisionLanguageModel) -> list[list[nn.Module]]:
     """All blocks, in the order in which a forward pass runs them, in the groups that FSDP gathers:
-    each alone, but a gated block with the decoder's that it stands in front of."""
+    each alone, but a gated block together with the decoder block after it."""
     resampler = model.resampler.blocks if model.config.resampler else ()
     cross = model.cross_blocks
     return [*([block] for block in (*model.vision.blocks, *resampler)),
@@ -132,17 +153,17 @@ def in_groups(model: VisionLanguageModel) -> list[list[nn.Module]]:
               for i, block in enumerate(model.blocks))]
 
 
-def in_order(model: VisionLanguageModel) -> list[nn.Module]:
+def blocks_in_order(model: VisionLanguageModel) -> list[nn.Module]:
     return [block for group in in_groups(model) for block in group]
 
 
 def recompute(model: VisionLanguageModel, which: str) -> None:
     """Keep less of the forward pass, in place: the backward pass computes it again.
 
-    "full": of every block only what goes into it is kept; "selective": what comes out of attention,
-    too. Blocks that nothing is trained in or below never keep anything.
+    "full": of every block only its input is kept; "selective": the output of its attention, too.
+    Blocks that nothing is trained in or below never keep anything.
     """
-    for block in in_order(model) if which != "none" else ():
+    for block in blocks_in_order(model) if which != "none" else ():
         options = {"context_fn": keep_attention} if which == "selective" else {}
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
@@ -158,20 +179,20 @@ def keep_attention() -> tuple:
 
 def compile_blocks(model: VisionLanguageModel) -> None:
     """torch.compile for every block, in place; a wrapper would pass FSDP's hooks by."""
-    for block in in_order(model):
+    for block in blocks_in_order(model):
         block.compile(dynamic=True)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter as on one rank; every rank must ask for it."""
+def unsharded(parameter: Tensor) -> Tensor:
+    """A parameter as on one rank, gathered; every rank must call it."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def full_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """On the first rank every parameter whole, in its memory, in dtype; on the others nothing."""
+    """On the first rank every parameter, gathered, on its CPU, in dtype; on the others nothing."""
     state = {}
     for name, parameter in model.state_dict().items():
-        gathered = whole(parameter)  # one after another: all of them would not fit on a GPU
+        gathered = unsharded(parameter)  # one after another: all of them would not fit on a GPU
         if my_rank() == 0:
             state[name] = gathered.to("cpu", dtype)
     return state
@@ -180,21 +201,22 @@ def full_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, 
 # ------------------------------------------------------------------------------ contrastive loss
 
 
-class Pull(NamedTuple):
-    """What the contrastive loss wants of one micro-batch: gradients of its features."""
+class FeatureGradients(NamedTuple):
+    """The contrastive loss' gradients by the features of one micro-batch."""
 
     text: Tensor  # (R, E)
     image: Tensor  # (U, E)
     scale: Tensor  # 0-d, of this rank's share
 
 
-def contrastive(outs: list[Output], batches: list) -> tuple[Tensor, Tensor, list[Pull]]:
+def contrastive_gradients(outs: list[Output], batches: list
+                          ) -> tuple[Tensor, Tensor, list[FeatureGradients]]:
     """The contrastive loss of some micro-batches of every rank as one pool, and its gradients.
 
     Gradients go to features, not yet to weights: the caller may have computed the features without
     a graph, and compute them again micro-batch by micro-batch (Gao et al. 2021, GradCache). So a
     pool can be as large as the batch. Returns the summed loss and how many <ret>s chose right, over
-    all ranks, and the pull on each micro-batch.
+    all ranks, and the gradients of each micro-batch's features.
     """
     n_text, n_image = [len(o.ret_features) for o in outs], [len(o.image_features) for o in outs]
     offsets = [0, *accumulate(n_image)]
@@ -206,7 +228,7 @@ def contrastive(outs: list[Output], batches: list) -> tuple[Tensor, Tensor, list
         torch.cat([out.image_features for out in outs]), outs[0].logit_scale, target,
         torch.cat([batch.image_key for batch in batches]), real)
     parts = zip(text.split(n_text), image.split(n_image), strict=True)
-    return loss, right, [Pull(*part, scale / len(outs)) for part in parts]
+    return loss, right, [FeatureGradients(*part, scale / len(outs)) for part in parts]
 
 
 def info_nce(text: Tensor, image: Tensor, scale: Tensor, target: Tensor, key: Tensor, real: Tensor
@@ -283,8 +305,18 @@ class StepResult:
     data: int  # a number for which samples these were, in whatever order
 
 
+class Counts(NamedTuple):
+    """What one step holds, over all of its micro-batches and ranks."""
+
+    n_targets: int
+    n_rets: int
+    n_tokens: int
+    n_samples: int
+    data: int  # sum of Batch.data_hash
+
+
 def losses(model: nn.Module, batches: list, contrastive_weight: float, backward: bool,
-           pool: str = "micro", keep: bool = False) -> tuple[Tensor, list[int]]:
+           pool: str = "micro", keep: bool = False) -> tuple[Tensor, Counts]:
     """Forward (and backward) of this rank's micro-batches of one step.
 
     pool: whose pictures and <ret>s are negatives, those of one "micro" batch of all ranks, or of
@@ -292,18 +324,19 @@ def losses(model: nn.Module, batches: list, contrastive_weight: float, backward:
     micro-batch to the next. Gradients are reduced over ranks once a step.
 
     Returns [token loss, contrastive loss, share of <ret>s that chose right] (3,), means over the
-    global batch, and [targets, <ret>s, tokens, samples, data], its counts.
+    global batch, and its counts.
     """
     device, size = batches[0].tokens.device, world_size()
-    counts = all_sum(torch.tensor([[len(b.target_rows), b.n_rets, len(b.tokens), b.n_samples,
-                                    b.data_hash] for b in batches]).sum(0)).tolist()
-    n_targets, n_rets = max(counts[0], 1), max(counts[1], 1)
-    attracts = model.config.contrastive_dim > 0 and counts[1] > 0
-    token_loss, chosen, pulls = torch.zeros(1, device=device), torch.zeros(2, device=device), []
+    mine = torch.tensor([[len(b.target_rows), b.n_rets, len(b.tokens), b.n_samples, b.data_hash]
+                         for b in batches])
+    counts = Counts(*all_sum(mine.sum(0)).tolist())
+    n_targets, n_rets = max(counts.n_targets, 1), max(counts.n_rets, 1)
+    attracts = model.config.contrastive_dim > 0 and counts.n_rets > 0
+    token_loss, chosen, wanted = torch.zeros(1, device=device), torch.zeros(2, device=device), []
     if attracts and pool == "global" and len(batches) > 1:
         with torch.no_grad():
             outs = [model(batch, features_only=True) for batch in batches]
-        *chosen, pulls = contrastive(outs, batches)
+        *chosen, wanted = contrastive_gradients(outs, batches)
     for i, batch in enumerate(batches):
         if backward and hasattr(model, "set_requires_gradient_sync"):
             last = i == len(batches) - 1
@@ -311,13 +344,15 @@ def losses(model: nn.Module, batches: list, contrastive_weight: float, backward:
             model.set_reshard_after_backward(last or not keep)
         out = model(batch)
         token_loss += out.token_loss.detach() / n_targets
+        # A sum / its global count, times `size`, by which FSDP divides.
         tensors, gradients = [out.token_loss], [torch.full_like(out.token_loss, size / n_targets)]
         if attracts:
-            if len(pulls) <= i:
-                *of_batch, pull = contrastive([out], [batch])
-                chosen, pulls = [a + b for a, b in zip(chosen, of_batch, strict=True)], pulls + pull
+            if len(wanted) <= i:
+                *of_batch, new = contrastive_gradients([out], [batch])
+                chosen = [a + b for a, b in zip(chosen, of_batch, strict=True)]
+                wanted += new
             tensors += out[1:]
-            gradients += [size * contrastive_weight / n_rets * pull for pull in pulls[i]]
+            gradients += [size * contrastive_weight / n_rets * g for g in wanted[i]]
         if backward:
             torch.autograd.backward(tensors, gradients)
     means = [all_sum(token_loss)[0], chosen[0] / n_rets, chosen[1] / n_rets]
@@ -332,13 +367,13 @@ def train_step(model, optimizer, batches: list, *, contrastive_weight: float, gr
     for p in model.parameters():  # a checkpoint needs a state of each, also if no <ret> came yet
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
-    *means, norm = torch.cat([means, norm[None]]).tolist()  # the one time a step waits for a GPU
-    if not (counts[1] and model.config.contrastive_dim):
+    norm = unsharded(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+    *means, norm = torch.cat([means, norm[None]]).tolist()  # the only synchronisation of a step
+    if not (counts.n_rets and model.config.contrastive_dim):
         means[1:] = None, None
     if math.isfinite(norm):
         optimizer.step()
         model.cap_temperature()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(*means, norm, counts[2], counts[3], counts[0],
-                      not math.isfinite(norm), counts[4] % 2**32)
+    return StepResult(*means, norm, counts.n_tokens, counts.n_samples, counts.n_targets,
+                      not math.isfinite(norm), counts.data % 2**32)

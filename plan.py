@@ -256,7 +256,7 @@ def plan_stage(c: TrainConfig, number: int) -> list[str]:
     n_ranks, gpu = c.world_size, GPUS[c.gpu]
     model = shapes(preset_model(c.preset, c.shrink))
     freeze(model, c.frozen[0])
-    n_micro, batch = c.accumulation(n_ranks), c.batch_size
+    n_micro, batch = c.grad_accum_steps(n_ranks), c.batch_size
     samples = batch // n_ranks // n_micro
     documents = documents_of(model.config, c.stages[0])
     usual, most = TOKENS[c.stages[0]]
@@ -337,7 +337,7 @@ def memory_table(c: TrainConfig, model: VisionLanguageModel, n_micro: int, mean:
 
 def remedies(c: TrainConfig) -> list[tuple[str, TrainConfig, int]]:
     """Changes that save memory, the cheapest first: their flags, the config, its micro-batch."""
-    micro = c.batch_size // c.world_size // c.accumulation(c.world_size)
+    micro = c.batch_size // c.world_size // c.grad_accum_steps(c.world_size)
     smaller = [m for m in range(micro, 0, -1) if micro % m == 0]
     found = []
     for shard, replicate in (("", 0), ("", 1), ("all", 1)):

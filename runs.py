@@ -1,4 +1,6 @@
-"""The run folder: beginning one in which nothing can be lost, and going on with one.
+"""The run folder: beginning one in which nothing can be lost, and resuming one.
+
+Read when you want to know what train.py writes:
 
     out/tiny/
         config.json       every choice of the run; written last, so it marks a run that has begun
@@ -70,61 +72,62 @@ def write_choices(config: TrainConfig, out: Path, model: VisionLanguageModel,
 
 
 @dataclass
-class Stopped:
-    """Where a resumed run stood: its newest good checkpoint, and what was found on the way."""
+class ResumePoint:
+    """Where a run begins: at its newest good checkpoint, with notes about damaged ones."""
 
     checkpoint: Path | None = None  # none: at its start
     state: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def stopped_at(config: TrainConfig, fingerprint: int) -> Stopped:
-    """Where the run that --resume names goes on; without it, or before a checkpoint, at its start.
+def resume_point(config: TrainConfig, fingerprint: int) -> ResumePoint:
+    """Where the run that --resume names stood; without it, or before a checkpoint, the start.
 
     UserError if the data is other data now (see sources.DataSets): the order of the samples would
     be another, too.
     """
     if not config.resume:
-        return Stopped()
+        return ResumePoint()
     with input_errors():
         checkpoint, notes = newest_good(Path(config.resume))
         if not checkpoint:
-            return Stopped()
+            return ResumePoint()
         state = read_state(checkpoint)
     if state["data"] != fingerprint:
         raise UserError(f"--resume {config.resume}: {' '.join(config.data)} no longer holds the "
                         f"pictures and captions that the run began with; put them back, or start "
                         f"a new run")
-    return Stopped(checkpoint, state, [f"{note}; going on from the one before" for note in notes])
+    return ResumePoint(checkpoint, state,
+                       [f"{note}; going on from the one before" for note in notes])
 
 
-def resumed_model(out: Path, config: TrainConfig, frozen: dict
+def resumed_model(out: Path, config: TrainConfig, unsaved: dict
                   ) -> tuple[VisionLanguageModel, Tokenizer]:
     """The run folder's model and tokenizer. Its weights are in the checkpoint, and still without
     memory here, but for those that no checkpoint holds: they are read where they were read before.
 
-    frozen: of the checkpoint, as `left_out` gave it. UserError if their files have changed.
+    unsaved: of the checkpoint, as `unsaved_weights` gave it. UserError if their files have changed.
     """
     with input_errors():
         model_config = read_config(out / "model.json")
         tokenizer = read_tokenizer(out / "tokenizer.model", model_config)
     model = shapes(model_config)
     freeze(model, config.never_trained)
-    if frozen["names"]:
+    if unsaved["names"]:
         state = initial_model(config)[0].state_dict()
-        for name in frozen["names"]:
+        for name in unsaved["names"]:
             place, _, last = name.rpartition(".")
             parameter = nn.Parameter(state[name], requires_grad=False)
             setattr(model.get_submodule(place), last, parameter)
-        found = fingerprint({name: state[name] for name in frozen["names"]})
-        if found != frozen["fingerprint"]:
+        found = fingerprint({name: state[name] for name in unsaved["names"]})
+        if found != unsaved["fingerprint"]:
             raise UserError(f"{' and '.join(start_files(config))}: not the weights that the run "
                             f"began with, and its checkpoints do not hold those that are frozen; "
                             f"say where they are by --vision and --lm, or --init")
     return model, tokenizer
 
 
-def left_out(config: TrainConfig, model: VisionLanguageModel) -> dict:
+def unsaved_weights(config: TrainConfig, model: VisionLanguageModel) -> dict:
     """The parameters that no checkpoint has to hold: never trained, and in files of their own.
 
     Those that are frozen by now are never trained.

@@ -1,4 +1,4 @@
-"""What a run starts from: its data, its model, its tokenizer.
+"""What a run starts from: its data, its model, its tokenizer. Read after train.py.
 
 A model comes from published parts (--vision, --lm), from a model folder (--init), or from nothing;
 then its tokenizer is trained on the run's own words, and its first filters on its own pictures.
@@ -53,12 +53,12 @@ def with_steps(config: TrainConfig, sets: DataSets | None) -> TrainConfig:
     return dataclasses.replace(config, steps=steps)
 
 
-def source(config: TrainConfig, sets: DataSets | None, stage: str, model: ModelConfig,
-           part: str = "train") -> DrawnWorld | Stream:
+def samples_of(config: TrainConfig, sets: DataSets | None, stage: str, model: ModelConfig,
+               split: str = "train") -> DrawnWorld | Stream:
     """Where a stage's samples come from: the user's own data, if given, or the drawn world."""
     if sets:
-        return sets.stream(part, config.seed, model.chat, config.paraphrase)
-    return DrawnWorld(stage, model.vision.image_size, config.seed, part, model.chat,
+        return sets.stream(split, config.seed, model.chat, config.paraphrase)
+    return DrawnWorld(stage, model.vision.image_size, config.seed, split, model.chat,
                       has_ret="<ret>" in model.special_tokens)
 
 
@@ -97,7 +97,7 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, sets: DataSets | Non
     """
     preset = preset_model(config.preset, config.shrink)
     with input_errors():
-        samples = source(config, sets, config.stages[0], preset)
+        samples = samples_of(config, sets, config.stages[0], preset)
         examples = example_pictures(samples, preset.vision.image_size, min(256, len(samples)))
     path = out / "tokenizer.model"
     if ranks.is_first:
@@ -147,9 +147,9 @@ def own_words(samples: Stream) -> list[str]:
 
 @torch.no_grad()
 def align_words_and_pictures(model: VisionLanguageModel) -> None:
-    """Let a model from nothing read a word in the direction in which it writes it, and a picture
-    be looked for there, too: what makes it *say* "cat" then soon lets it *find* a cat (LOG.md).
-    """
+    """Tie the start of what must match: embed = head (a word is read as it is written), and in
+    cross-attention k = q and o = v^T (a picture is found by the word that names it). So a model
+    from nothing learns to name and to find sooner (LOG.md)."""
     model.embed.copy_(model.head)
     same_width = model.config.vision.dim == model.config.decoder.dim
     for attn in (block.attn for block in model.cross_blocks.values() if same_width):

@@ -6,10 +6,10 @@
     python train.py --resume out/tiny                # goes on exactly where it stopped
     torchrun --nproc_per_node=8 train.py             # the same on eight processes, same losses
 
-Read last of the five core files: everything comes together here. The file follows a run: `main`
-sets it up, `train_stage` is the loop of steps, `evaluate` looks at what it has become, and the
-parts they are made of come behind. A stage has its own data, learning rate and frozen parts; tiny
-learns captions first (everything trained), then conversations (the ViT frozen).
+Read after data.py, together with parallel.py. The file follows a run: `main` sets it up,
+`train_stage` is the loop of steps, `evaluate` looks at what it has become, and the parts they are
+made of follow. A stage has its own data, learning rate and frozen parts; tiny learns captions first
+(everything trained), then conversations (the ViT frozen).
 """
 
 import contextlib
@@ -31,29 +31,46 @@ import exam
 import world
 from augment import Augment
 from checkpoint import Saver, latest_checkpoint, load_checkpoint, mark_best
-from cli import UserError, disk_errors, input_errors, pick_device, pick_dtype, run_main
+from cli import (
+    UserError,
+    disk_errors,
+    dtype_name,
+    input_errors,
+    pick_device,
+    pick_dtype,
+    run_main,
+)
 from config import TrainConfig, check_groups, check_split, parse
 from data import Batch, ahead, collate, collate_options, encode, loader, sample_numbers
 from formats import Document
 from kernels import backend_for, set_backend
 from model import VisionLanguageModel
 from optim import freeze, learning_rate, make_optimizer
-from parallel import distribute, full_state, let_go, losses, train_step, whole
+from parallel import (
+    StepResult,
+    distribute,
+    full_state,
+    is_plain,
+    losses,
+    reshard_all,
+    train_step,
+    unsharded,
+)
 from plan import Work, flops, peak_flops, plan
 from plot import plot
 from ranks import Ranks, all_sum, gather_objects, in_a_group, this_rank, wait_for_all
 from records import BadRecord
 from runs import (
-    Stopped,
+    ResumePoint,
     begin_log,
-    left_out,
+    resume_point,
     resumed_model,
     run_folder,
-    stopped_at,
+    unsaved_weights,
     write_choices,
 )
 from sources import DataSets
-from start import initial_model, make_indexes, new_model, open_data, source, with_steps
+from start import initial_model, make_indexes, new_model, open_data, samples_of, with_steps
 from tally import Tally, too_bad
 from tokenizer import Tokenizer
 from vision import PictureError
@@ -62,7 +79,6 @@ from weights import save_model
 
 VAL_SAMPLES = 128  # samples of the validation losses
 SKIPPED_AT_MOST = 20  # steps in a row
-TARGET = 0.85  # accuracy whose time is announced
 
 
 @dataclass
@@ -80,15 +96,14 @@ class Run:
     tokenizer: Tokenizer
     peak: float  # FLOP/s of all ranks together
     stopping: threading.Event  # set by Ctrl-C
-    frozen: dict  # what no checkpoint has to hold, see runs.left_out
+    unsaved: dict  # the weights that no checkpoint has to hold, see runs.unsaved_weights
     saver: Saver
     log: Log
-    seconds: float = 0.0  # spent on training and evaluating, earlier sittings included
-    reached: float | None = None  # `seconds` when the accuracy first was TARGET
+    seconds: float = 0.0  # spent on training and evaluating, before the run was resumed, too
     skipped: int = 0  # steps whose gradient was not finite
     skipped_in_a_row: int = 0
-    earlier: Tally = dataclasses.field(default_factory=Tally)  # of all ranks, in earlier sittings
-    tally: Tally = dataclasses.field(default_factory=Tally)  # of this rank, in this one
+    earlier: Tally = dataclasses.field(default_factory=Tally)  # of all ranks, before it was resumed
+    tally: Tally = dataclasses.field(default_factory=Tally)  # of this rank, since then
 
 
 def main() -> None:
@@ -106,16 +121,16 @@ def main() -> None:
         set_backend(None if config.backend == "auto" else config.backend)
     device = pick_device(config.device, ranks.local)
     dtype = pick_dtype(config.dtype, device)
-    config = dataclasses.replace(config, dtype=str(dtype)[6:])  # a resumed run keeps it
+    config = dataclasses.replace(config, dtype=dtype_name(dtype))  # a resumed run keeps it
     make_indexes(config, ranks)
-    alone = ranks.size == 1 and dtype == torch.float32
-    with contextlib.nullcontext() if alone else in_a_group(ranks, device, config.timeout):
-        run, stopped = set_up(config, ranks, device, dtype)
-        for number in range(stopped.state.get("stage", 0), len(config.stages)):
-            if not train_stage(run, number, stopped):
+    with (contextlib.nullcontext() if is_plain(ranks, dtype)
+          else in_a_group(ranks, device, config.timeout)):
+        run, begin = set_up(config, ranks, device, dtype)
+        for number in range(begin.state.get("stage", 0), len(config.stages)):
+            if not train_stage(run, number, begin):
                 run.log.say(f"stopped; go on with: python train.py --resume {run.out}")
                 break
-            stopped = Stopped()
+            begin = ResumePoint()
         if ranks.is_first:
             try:
                 run.log.say(f"curves: {plot(run.out)}")
@@ -125,18 +140,18 @@ def main() -> None:
 
 
 def set_up(config: TrainConfig, ranks: Ranks, device: torch.device, dtype: torch.dtype
-           ) -> tuple[Run, Stopped]:
-    """Everything that a run needs, new or as it was stopped."""
+           ) -> tuple[Run, ResumePoint]:
+    """Everything that a run needs, new or as it was stopped, and where it begins."""
     with input_errors():
         sets = open_data(config)
     config = with_steps(config, sets)
     fingerprint = sets.fingerprint() if sets else 0
-    stopped = stopped_at(config, fingerprint)
-    state = stopped.state
-    initial = None if stopped.checkpoint else initial_model(config)
+    begin = resume_point(config, fingerprint)
+    state = begin.state
+    initial = None if begin.checkpoint else initial_model(config)
     out, stopping = run_folder(config), stop_on_signals()
     wait_for_all()  # for all to have looked before one of them writes
-    if stopped.checkpoint:
+    if begin.checkpoint:
         model, tokenizer = resumed_model(out, config, state["frozen"])
     else:
         if ranks.is_first:
@@ -145,60 +160,49 @@ def set_up(config: TrainConfig, ranks: Ranks, device: torch.device, dtype: torch
         if ranks.is_first:
             write_choices(config, out, model, tokenizer)
     freeze(model, config.never_trained)
-    frozen = left_out(config, model)
+    unsaved = unsaved_weights(config, model)
     distribute(model.train(), config, ranks, device, dtype)
-    run = Run(config, out, ranks, device, dtype, sets, fingerprint, model, tokenizer,
-              peak_flops(device, dtype) * ranks.size, stopping, frozen,
-              Saver(out, config.keep, frozen["names"]), Log(out, ranks.is_first),
-              state.get("seconds", 0.0), state.get("reached"), state.get("skipped", 0),
+    run = Run(config=config, out=out, ranks=ranks, device=device, dtype=dtype, sets=sets,
+              fingerprint=fingerprint, model=model, tokenizer=tokenizer,
+              peak=peak_flops(device, dtype) * ranks.size, stopping=stopping, unsaved=unsaved,
+              saver=Saver(out, config.keep, unsaved["names"]), log=Log(out, ranks.is_first),
+              seconds=state.get("seconds", 0.0), skipped=state.get("skipped", 0),
               earlier=Tally(**state.get("tally", {})))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     run.log.say(
-        f"{millions:.2f} M parameters, {device.type}, {str(dtype)[6:]}, run folder {out}, "
+        f"{millions:.2f} M parameters, {device.type}, {dtype_name(dtype)}, run folder {out}, "
         f"{ranks.size} process{'es' * (ranks.size > 1)}, kernels: {backend_for(model.head)}")
-    for note in (*(sets.notes if sets else ()), *stopped.notes):
+    for note in (*(sets.notes if sets else ()), *begin.notes):
         run.log.say(note)
-    return run, stopped
+    return run, begin
 
 
 # ------------------------------------------------------------------------------------- one stage
 
 
-def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
+def train_stage(run: Run, number: int, begin: ResumePoint) -> bool:
     """Train a stage, from its checkpoint if there is one, then evaluate. False: stopped early."""
     c, name = run.config, run.config.stages[number]
-    n_steps, n_micro = c.stage_steps(number), c.accumulation(run.ranks.size)
-    frozen, first_step = c.frozen[number], stopped.state.get("step", 0)
-    freeze(run.model, frozen)
+    n_steps, first_step = c.stage_steps(number), begin.state.get("step", 0)
+    freeze(run.model, c.frozen[number])
     optimizer = make_optimizer(run.model, c)
-    if stopped.checkpoint:
-        restore(run, stopped, optimizer)
+    if begin.checkpoint:
+        restore(run, begin, optimizer)
     validation = validation_of(run, name)
     batches = training_batches(run, name, first_step, n_steps)
-    run.log.say(f"stage {name}: steps {first_step} to {n_steps}, frozen: {frozen}")
+    run.log.say(f"stage {name}: steps {first_step} to {n_steps}, frozen: {c.frozen[number]}")
     for step in range(first_step, n_steps):
         began = time.perf_counter()
-        micro = [next(batches).to(run.device) for _ in range(n_micro)]
+        micro = [next(batches).to(run.device)
+                 for _ in range(c.grad_accum_steps(run.ranks.size))]
         waited = time.perf_counter() - began
-        lr = learning_rate(step, n_steps, c.lr[number], c.min_lr[number],
-                           c.warmup_steps[number], c.warmup_share[number])
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        lr = set_learning_rate(optimizer, c, number, step)
         result = train_step(run.model, optimizer, micro, grad_clip=c.grad_clip,
                             contrastive_weight=c.contrastive_weight, pool=c.contrastive_pool,
                             keep=c.reshard == "no")
         seconds = time.perf_counter() - began
         run.seconds += seconds
-        n_images = sum(len(b.images) for b in micro) * run.ranks.size
-        work = Work(n_images, result.n_tokens, result.n_targets)
-        useful, hardware = (sum(flops(run.model, work, frozen, again).values())
-                            for again in ("none", c.recompute))
-        run.log.step({
-            "stage": name, "step": step, **dataclasses.asdict(result), "lr": lr,
-            "ms": 1000 * seconds, "tokens_per_s": result.n_tokens / seconds,
-            "samples_per_s": result.n_samples / seconds, "mfu": useful / seconds / run.peak,
-            "hfu": hardware / seconds / run.peak, "data_wait": waited / seconds,
-            "memory_gb": memory_peak(run.device) / 1e9}, c.steps_before(number) + step)
+        log_step(run, number, step, micro, result, lr, seconds, waited)
         count_skipped(run, result.skipped)
         done, val_loss = step + 1, None
         if c.eval_every and done % c.eval_every == 0 and done < n_steps:
@@ -221,27 +225,54 @@ def train_stage(run: Run, number: int, stopped: Stopped) -> bool:
     return True
 
 
-def restore(run: Run, stopped: Stopped, optimizer: torch.optim.Optimizer) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, c: TrainConfig, stage: int, step: int
+                      ) -> float:
+    """Of a step of a stage, for all groups; returns it."""
+    lr = learning_rate(step, c.stage_steps(stage), c.lr[stage], c.min_lr[stage],
+                       c.warmup_steps[stage], c.warmup_share[stage])
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return lr
+
+
+def log_step(run: Run, stage: int, step: int, micro: list[Batch], result: StepResult, lr: float,
+             seconds: float, waited: float) -> None:
+    """A step's line and record. seconds: that it took, `waited` of them for its data."""
+    c = run.config
+    n_images = sum(len(batch.images) for batch in micro) * run.ranks.size
+    work = Work(n_images, result.n_tokens, result.n_targets)
+    useful, hardware = (sum(flops(run.model, work, c.frozen[stage], again).values())
+                        for again in ("none", c.recompute))
+    run.log.step({
+        "stage": c.stages[stage], "step": step, **dataclasses.asdict(result), "lr": lr,
+        "ms": 1000 * seconds, "tokens_per_s": result.n_tokens / seconds,
+        "samples_per_s": result.n_samples / seconds, "mfu": useful / seconds / run.peak,
+        "hfu": hardware / seconds / run.peak, "data_wait": waited / seconds,
+        "memory_gb": memory_peak(run.device) / 1e9}, c.steps_before(stage) + step)
+
+
+def restore(run: Run, begin: ResumePoint, optimizer: torch.optim.Optimizer) -> None:
     """What a checkpoint holds, put back where it was, and said."""
     with input_errors():
-        load_checkpoint(stopped.checkpoint, run.model, optimizer, run.frozen["names"])
+        load_checkpoint(begin.checkpoint, run.model, optimizer, run.unsaved["names"])
     with disk_errors(run.out / "checkpoints", run.out):
-        run.saver.forget_after(stopped.checkpoint)
-    state, stage = stopped.state, run.config.stages[stopped.state["stage"]]
+        run.saver.forget_after(begin.checkpoint)
+    state, stage = begin.state, run.config.stages[begin.state["stage"]]
     run.log.forget(state["log_size"], run.config.steps_before(state["stage"]) + state["step"])
-    files = " and ".join(run.frozen["files"]) if run.frozen["names"] else ""
-    run.log.say(f"restored from {stopped.checkpoint.name}: weights, moments of the optimizer, "
-                f"random numbers, schedule and data at step {state['step']} of stage {stage}"
+    files = " and ".join(run.unsaved["files"]) if run.unsaved["names"] else ""
+    run.log.say(f"restored from {begin.checkpoint.name}: weights, moments of the optimizer, "
+                f"schedule and data at step {state['step']} of stage {stage}"
                 + f"; frozen weights as they were, from {files}" * bool(files))
     if (run.model.config.contrastive_dim and run.config.contrastive_pool == "micro"
-            and pool(run) != state["pool"]):
-        run.log.say(f"negatives come from {pool(run)} samples now, before from {state['pool']}, so "
-                    f"the contrastive loss is another; --micro-batch can keep their number")
+            and negatives_pool(run) != state["pool"]):
+        run.log.say(f"negatives come from {negatives_pool(run)} samples now, before from "
+                    f"{state['pool']}, so the contrastive loss is another; --micro-batch can keep "
+                    f"their number")
 
 
-def pool(run: Run) -> int:
+def negatives_pool(run: Run) -> int:
     """Samples of one micro-batch of all ranks."""
-    return run.config.batch_size // run.config.accumulation(run.ranks.size)
+    return run.config.batch_size // run.config.grad_accum_steps(run.ranks.size)
 
 
 def count_skipped(run: Run, skipped: bool) -> None:
@@ -260,10 +291,10 @@ def save(run: Run, optimizer: torch.optim.Optimizer, stage: int, step: int,
          val_loss: float | None) -> None:
     """Begin a checkpoint: weights, moments, where the run stands. The data's state is the step."""
     seen = tally(run)
-    state = {"stage": stage, "step": step, "data": run.fingerprint, "frozen": run.frozen,
-             "seconds": run.seconds, "reached": run.reached, "skipped": run.skipped,
+    state = {"stage": stage, "step": step, "data": run.fingerprint, "frozen": run.unsaved,
+             "seconds": run.seconds, "skipped": run.skipped,
              "tally": {"reasons": seen.reasons, "files": seen.files},
-             "log_size": run.log.size, "pool": pool(run)}
+             "log_size": run.log.size, "pool": negatives_pool(run)}
     with input_errors():
         run.saver.save(run.config.steps_before(stage) + step, run.model, optimizer, state, val_loss)
 
@@ -285,7 +316,7 @@ def asked_to_stop(run: Run) -> bool:
 
 
 def tally(run: Run) -> Tally:
-    """What became of all samples of the run, on all ranks and in all sittings."""
+    """What became of all samples of the run, on all ranks, also before it was resumed."""
     return reduce(Tally.merge, gather_objects(run.tally), run.earlier)
 
 
@@ -296,13 +327,13 @@ def report_samples(run: Run) -> None:
 
 
 def training_batches(run: Run, stage: str, first_step: int, n_steps: int) -> Iterator[Batch]:
-    """This rank's micro-batches. A sample that cannot be used is left out and counted."""
+    """This rank's micro-batches. A sample that cannot be used is dropped and counted."""
     c = run.config
     numbers = sample_numbers(first_step * c.batch_size, n_steps - first_step,
                              batch_size=c.batch_size, rank=run.ranks.rank,
-                             grad_accum_steps=c.accumulation(run.ranks.size),
+                             grad_accum_steps=c.grad_accum_steps(run.ranks.size),
                              world_size=run.ranks.size)
-    samples = source(c, run.sets, stage, run.model.config)
+    samples = samples_of(c, run.sets, stage, run.model.config)
     changes = Augment(c.random_crop, c.jitter) if run.sets else None
     for batch in ahead(loader(samples, run.tokenizer, run.model.config, numbers, c.workers,
                               changes)):
@@ -322,7 +353,7 @@ class Validation:
 
 def validation_of(run: Run, stage: str) -> Validation:
     """UserError if none of the samples can be used."""
-    samples = source(run.config, run.sets, stage, run.model.config, "test")
+    samples = samples_of(run.config, run.sets, stage, run.model.config, "test")
     n_samples = min(VAL_SAMPLES, len(samples))
     numbers = [list(range(run.ranks.rank, n_samples, run.ranks.size))]
     batches = list(loader(samples, run.tokenizer, run.model.config, iter(numbers), workers=0))
@@ -358,12 +389,12 @@ def evaluate(run: Run, stage: int, step: int, validation: Validation, final: boo
     """
     began, name = time.perf_counter(), run.config.stages[stage]
     run.model.eval()
-    real = float(losses(run.model, validation.batches, 0.0, backward=False)[0][0])
+    real = validation_loss(run, validation.batches)
     blank = [dataclasses.replace(b, images=torch.full_like(b.images, 127))
              for b in validation.batches]
-    without = float(losses(run.model, blank, 0.0, backward=False)[0][0])
+    without = validation_loss(run, blank)
     said = answers(run.model, run.tokenizer, validation.documents, run.device)
-    let_go(run.model.train())
+    reshard_all(run.model.train())
     record = {"stage": name, "step": step, "val_loss": real, "val_loss_blank": without,
               "gap": without - real, "gates": gates(run.model), "answers": said,
               "left_out": dict(tally(run).reasons), "skipped_steps": run.skipped}
@@ -384,9 +415,6 @@ def evaluate(run: Run, stage: int, step: int, validation: Validation, final: boo
     for one in said if run.sets else said[:1]:
         run.log.say(f"  {one['prompt'][-60:]} -> {one['answer'][:60]!r}, wanted "
                     f"{one['wanted'][:60]!r}")
-    if record.get("accuracy", 0.0) >= TARGET and run.reached is None:
-        run.reached = run.seconds
-        run.log.say(f"{100 * TARGET:.0f} % reached after {run.reached / 60:.1f} minutes")
     run.log.write({"evaluation": record, "seconds": run.seconds},
                   run.config.steps_before(stage) + step)
     if final:
@@ -408,7 +436,19 @@ def drawn_report(run: Run, state: dict[str, Tensor], final: bool) -> dict:
     return report
 
 
-# ------------------------------------------------------------------------------------- setting up
+def validation_loss(run: Run, batches: list[Batch]) -> float:
+    """The token loss, a mean over all ranks."""
+    means, _ = losses(run.model, batches, 0.0, backward=False)
+    return float(means[0])
+
+
+def gates(model: VisionLanguageModel) -> dict[str, float]:
+    """How far each gated block has opened: |tanh| of its gate, a mean where channels have one."""
+    return {name: float(unsharded(p).detach().tanh().abs().mean())
+            for name, p in model.named_parameters() if name.endswith("_gate")}
+
+
+# --------------------------------------------------------------------------------------- stopping
 
 
 def stop_on_signals() -> threading.Event:
@@ -429,12 +469,6 @@ def stop_on_signals() -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     return stopping
-
-
-def gates(model: VisionLanguageModel) -> dict[str, float]:
-    """How far each gated block has opened: |tanh| of its gate, a mean where channels have one."""
-    return {name: float(whole(p).detach().tanh().abs().mean())
-            for name, p in model.named_parameters() if name.endswith("_gate")}
 
 
 if __name__ == "__main__":

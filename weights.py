@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cli import Parser, UserError, input_errors, run_main
+from cli import Parser, UserError, dtype_name, input_errors, run_main
 from containers import read_json, read_tensors, weight_file
 from model import (
     ContrastiveHead,
@@ -449,7 +449,7 @@ def describe(checkpoint: Checkpoint) -> str:
         sizes["decoder" if part in ("embed", "blocks", "norm", "head") else part] += tensor.numel()
     dtypes: Counter = Counter()
     for tensor in state.values():
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        dtypes[dtype_name(tensor.dtype)] += tensor.numel()
     total = sum(sizes.values())
     shares = ", ".join(f"{name} {100 * n / total:.4g} %" for name, n in dtypes.most_common())
     lines = [f"{checkpoint.path}: {checkpoint.title}",
@@ -542,7 +542,7 @@ def convert_files(sources: list[str], folder: Path, dtype: str | None, settings:
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written: {error.strerror or error}") from None
     n = sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {n:,} parameters, {str(model.embed.dtype)[6:]}")
+    print(f"{folder}: {n:,} parameters, {dtype_name(model.embed.dtype)}")
 
 
 if __name__ == "__main__":

@@ -97,17 +97,6 @@ def test_what_is_left_out_is_not_written_and_stays_as_it_is(tmp_path):
         load_checkpoint(latest_checkpoint(tmp_path), other, torch.optim.AdamW([other.weight]))
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path):
-    model, optimizer = start()
-    saver = Saver(tmp_path, keep=1)
-    saver.save(1, model, optimizer, {})
-    saver.finish()
-    wanted = torch.rand(3)
-    torch.rand(7)
-    load_checkpoint(latest_checkpoint(tmp_path), model, optimizer)
-    assert torch.equal(torch.rand(3), wanted)
-
-
 @pytest.mark.parametrize("what", ["flip", "cut", "lose"])
 def test_a_changed_file_is_noticed_and_the_checkpoint_before_it_is_taken(tmp_path, what):
     first, second = saved(tmp_path, 1, 2)

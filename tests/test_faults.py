@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import train
 from checkpoint import latest_checkpoint
 from data import Text, collate, collate_options, encode
-from parallel import shard, train_step, whole
+from parallel import shard, train_step, unsharded
 from tests.ladder import write_captions, write_published
 from tests.launch import Ranks, on_ranks, spawn
 from tests.shards import write_shard
@@ -279,11 +279,11 @@ def one_bad_rank(rank: int, store: str, model, batches, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     shard(model, torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    before = {name: whole(p).clone() for name, p in model.named_parameters()}
+    before = {name: unsharded(p).clone() for name, p in model.named_parameters()}
     if rank == 1:
         model.blocks[1].register_forward_hook(lambda module, inputs, out: out * float("nan"))
     first = train_step(model, optimizer, [batches[rank]], contrastive_weight=0.1, grad_clip=1.0)
-    same = all(torch.equal(before[name], whole(p)) for name, p in model.named_parameters())
+    same = all(torch.equal(before[name], unsharded(p)) for name, p in model.named_parameters())
     results[rank] = first.skipped, same, dict(optimizer.state) == {}
     dist.destroy_process_group()
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from data import Image, Ret, Text, collate, collate_options, encode, sample_numbers
 from kernels import set_backend
 from optim import freeze
-from parallel import full_state, info_nce, losses, recompute, shard, train_step, whole
+from parallel import full_state, info_nce, losses, recompute, shard, train_step, unsharded
 from ranks import Ranks, all_sum, start_group, stop_group
 from tests.launch import free_port, spawn
 from vision import ResamplerConfig
@@ -179,7 +179,7 @@ def split(samples: list, case: Case, n_ranks: int, options: dict) -> list[list]:
 
 def computed(model, case: Case, batches: list) -> tuple[list, dict]:
     means, _ = losses(model, batches, 0.3, backward=True, pool=case.pool, keep=case.keep)
-    return means, {name: whole(p.grad) for name, p in model.named_parameters()
+    return means, {name: unsharded(p.grad) for name, p in model.named_parameters()
                    if p.grad is not None}
 
 
@@ -314,7 +314,7 @@ def shard_of_three(rank: int, store: str, folder: Path, results):
     mapped = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     shard(model, torch.float32)
     own = {name: len(p.to_local()) for name, p in model.named_parameters()}
-    gathered = {name: whole(p) for name, p in model.state_dict().items()}
+    gathered = {name: unsharded(p) for name, p in model.state_dict().items()}
     results[rank] = own, [name for name, tensor in mapped.items()
                           if gathered[name].dtype != torch.float32
                           or not torch.equal(gathered[name], tensor.float())]

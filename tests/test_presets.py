@@ -63,8 +63,8 @@ def test_the_recipes_are_those_of_the_cards():
     config = parse(["--preset", "vila-7b", "--stage", "2", *PUBLISHED])
     assert (config.beta1, config.beta2, config.adam_eps, config.grad_clip) == (0.9, 0.95, 1e-6, 1.0)
     assert learning_rate(29, 1000, 1.0, 0.1, 2000, config.warmup_share[0]) == 1.0  # 3 %
-    assert parse(["--preset", "villa-7b", *PUBLISHED]).accumulation(32) == 1
-    assert config.accumulation(32) == 16
+    assert parse(["--preset", "villa-7b", *PUBLISHED]).grad_accum_steps(32) == 1
+    assert config.grad_accum_steps(32) == 16
 
 
 @pytest.mark.parametrize("stage, lr, frozen", [(1, 1e-4, "vision+decoder"), (2, 2e-5, "vision")])
@@ -103,7 +103,7 @@ def test_a_batch_that_would_not_be_exact_is_refused_with_the_nearest_that_are(ra
 def test_accumulation_follows_from_micro_batch_and_ranks(ranks, micro, accumulation):
     config = TrainConfig(batch_size=2048, micro_batch=micro)
     check_split(config, ranks)
-    assert config.accumulation(ranks) == accumulation
+    assert config.grad_accum_steps(ranks) == accumulation
 
 
 @pytest.mark.parametrize("by", [2, 3, 16, 64, 1000])

@@ -31,7 +31,7 @@ from drawn import DrawnWorld
 from model import VisionLanguageModel
 from optim import freeze, learning_rate, make_optimizer
 from sources import DataSets
-from start import align_words_and_pictures, initial_model, source
+from start import align_words_and_pictures, initial_model, samples_of
 from tests import checkpoints
 from tests.launch import FEW, Ranks, on_ranks
 from tests.shards import write_shard
@@ -677,7 +677,7 @@ def test_captions_are_not_searched_for_in_a_vocabulary_without_ret(parts, tmp_pa
 @pytest.mark.parametrize("stage", ["pretrain", "instruct"])
 def test_no_scene_of_the_drawn_world_is_empty_in_a_vocabulary_without_ret(parts, stage):
     config, tokenizer = of_idefics(parts)
-    model = source(TrainConfig(), None, stage, config)
+    model = samples_of(TrainConfig(), None, stage, config)
     assert isinstance(model, DrawnWorld)
     longest = config.decoder.max_seq_len
     samples = Samples(model, tokenizer, config)
