@@ -500,7 +500,7 @@ def losses(seconds: float) -> list[dict]:
         weight.requires_grad_(len(leaves) == 2)
         calls = {
             "ours": lambda leaves=leaves: torch.autograd.grad(
-                linear_cross_entropy(hidden, weight, targets)[0], leaves),
+                linear_cross_entropy(hidden, weight, targets), leaves),
             "full logits": lambda leaves=leaves: torch.autograd.grad(
                 F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum"),
                 leaves)}

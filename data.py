@@ -269,7 +269,7 @@ def pixels(reference: object, size: int, resize: str = "crop", rgb: str = "white
 
 
 class Samples(Dataset):
-    """Source, tokenizer and augmentation behind torch's Dataset: sample n -> its documents.
+    """Source, tokenizer and augmentation as a torch Dataset: sample n -> its documents.
 
     augment None: pictures as evaluation takes them. A sample that cannot be used has none.
     """

@@ -12,8 +12,9 @@ Writing, word by word, is generate.py.
                                                            | keys, values    |
     words ----> embed --> Block --> gated cross-attention --> Block ... --> gated cross ... --> head
 
-A gated block adds tanh(gate) * attention(...) to the words, and its gates start at 0: at the first
-step of training the decoder is bit for bit the language model it was before.
+A gated block adds tanh(gate) * attention(...) to the words, and its gates start at 0 (unless
+--gate-start says otherwise, as tiny's preset does): at the first step of training the decoder is
+bit for bit the language model it was before.
 
 There is no batch axis and no padding. Documents lie end to end in one stream of T tokens; their
 pictures lie end to end in another of I * P tokens. Which keys a token sees is two numbers a row: of
@@ -22,6 +23,8 @@ the text [text_start, own position], of the pictures [image_start, image_end), c
 Dimensions, here and everywhere:
     B batch (documents being written)  T query tokens  S keys        C width       H heads
     Hkv key/value heads   D head_dim   F feed-forward  V vocabulary  I images      P tokens an image
+    U different images    Cv width of a picture token  L learned rows (in vision.py: latents)
+    R <ret>s              E width of the contrastive space           Cp width of a pooled picture
 """
 
 import math
@@ -44,7 +47,14 @@ from kernels import (
     rope_table,
     swiglu,
 )
-from vision import LayerNorm, PerceiverResampler, ResamplerConfig, VisionConfig, VisionTransformer
+from vision import (
+    LayerNorm,
+    PerceiverResampler,
+    ResamplerConfig,
+    VisionConfig,
+    VisionTransformer,
+    split_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -52,11 +62,12 @@ class DecoderConfig:
     """A LLaMA decoder and its gated blocks; the defaults are LLaMA-2-7B as villa-7b uses it.
 
     IDEFICS (HuggingFaceM4/idefics-9b) is the same with other choices: blocks in front of the first
-    of every four layers, with a feed-forward that never pauses and norms on queries and keys.
+    of every four layers, with a feed-forward also for words that see no picture, and norms on
+    queries and keys; published.idefics_config has the complete list.
     """
 
     vocab_size: int = 32000  # rows of the published table
-    n_special: int = 3  # rows behind it, by default <image>, <ret>, <end_of_utterance>
+    n_special: int = 3  # rows after it, by default <image>, <ret>, <end_of_utterance>
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
@@ -66,7 +77,7 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_seq_len: int = 4096
-    cross_attn_every: int = 4  # a gated block for every so many layers,
+    cross_attn_every: int = 4  # a gated block for every this many layers,
     cross_attn_before: str = "last"  # in front of the "first" or the "last" of them
     cross_attn_norm: bool = False  # an RMSNorm on each head of its queries and keys
     cross_attn_mlp: bool = False  # a feed-forward in it, too,
@@ -92,12 +103,14 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The parts of a VisionLanguageModel and how they are connected; saved as config.json."""
+
     vision: VisionConfig
     decoder: DecoderConfig
     resampler: ResamplerConfig | None = None
     contrastive_dim: int = 0  # width of the space of <ret> and pictures; 0: no contrastive head
     image_norm: bool = True  # without a resampler: a LayerNorm on what words look at
-    # For the tokenizer, which explains them: names of the ids behind its last piece, chat template.
+    # For the tokenizer, which explains them: names of the ids after its last piece, chat template.
     special_tokens: tuple[str, ...] = ("<image>", "<ret>", "<end_of_utterance>")
     chat: str = "nanovilla"
     blank_behind_special: bool = True
@@ -105,6 +118,11 @@ class ModelConfig:
     @property
     def tokens_per_image(self) -> int:
         return self.resampler.n_latents if self.resampler else self.vision.n_tokens
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of a picture's one feature, see encode_images."""
+        return self.vision.dim if self.resampler else self.vision.pooled_dim
 
 
 class Span(NamedTuple):
@@ -124,7 +142,7 @@ class Batch(Protocol):
     positions: Tensor  # (T,) int32, from 0 in every document
     text_start: Tensor  # (T,) int32, the first token of the own document
     image_start: Tensor  # (T,) int32, first visible picture
-    image_end: Tensor  # (T,) int32, behind the last visible picture
+    image_end: Tensor  # (T,) int32, one past the last visible picture
     images: Tensor  # (U, 3, h, w) uint8, each picture once, however often it is shown
     shown: Tensor  # (I,) int64, the row of `images` that stands at each <image>
     image_index: Tensor  # (I,) int64, the number of each <image> within its document
@@ -139,7 +157,7 @@ class Output(NamedTuple):
     token_loss: Tensor  # 0-d, summed over the targets of this micro-batch
     ret_features: Tensor  # (R, E) unit vectors: what each <ret> asks for
     image_features: Tensor  # (U, E) unit vectors
-    logit_scale: Tensor  # 0-d, exp of the learned inverse temperature
+    logit_scale: Tensor  # 0-d, the inverse temperature, at most 100
 
 
 # ----------------------------------------------------------------------------------- the decoder
@@ -152,6 +170,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple:
+        """The norm of x (..., C); with a residual: (the norm of the sum of both, that sum)."""
         return rms_norm(x, self.weight, self.eps, residual)
 
 
@@ -165,9 +184,9 @@ class SelfAttention(nn.Module):
         self.o_proj = linear(c.n_heads * c.head_dim, c.dim, std_scale=(2 * c.n_layers) ** -0.5)
 
     def forward(self, x: Tensor, rope: tuple, span: Span, append: Callable | None) -> Tensor:
-        q = apply_rope(heads(self.q_proj(x), self.head_dim), *rope)  # (T, H, D)
-        k = apply_rope(heads(self.k_proj(x), self.head_dim), *rope)  # (T, Hkv, D)
-        v = heads(self.v_proj(x), self.head_dim)
+        q = apply_rope(split_heads(self.q_proj(x), self.head_dim), *rope)  # (T, H, D)
+        k = apply_rope(split_heads(self.k_proj(x), self.head_dim), *rope)  # (T, Hkv, D)
+        v = split_heads(self.v_proj(x), self.head_dim)
         if append is not None:
             k, v = append(k, v)  # (S, Hkv, D): with what the cache holds
         o = interval_attention(q, k, v, span.start, span.end, hints=span.hints)
@@ -186,6 +205,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """LLaMA's layer: x + attention, then + feed-forward, each of the norm of what came before."""
+
     def __init__(self, c: DecoderConfig):
         super().__init__()
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
@@ -218,10 +239,10 @@ class CrossAttention(nn.Module):
     def keys_values(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """pictures (I * P, Cv) -> k, v (I * P, H, D): while writing, computed once a picture."""
         k, v = self.k_proj(pictures), self.v_proj(pictures)
-        return self.k_norm(heads(k, self.head_dim)), heads(v, self.head_dim)
+        return self.k_norm(split_heads(k, self.head_dim)), split_heads(v, self.head_dim)
 
     def forward(self, x: Tensor, pictures: Tensor, span: Span, cached: tuple | None) -> Tensor:
-        q = self.q_norm(heads(self.q_proj(x), self.head_dim))  # (T, H, D)
+        q = self.q_norm(split_heads(self.q_proj(x), self.head_dim))  # (T, H, D)
         k, v = cached or self.keys_values(pictures)
         o = interval_attention(q, k, v, span.start, span.end, hints=span.hints)
         return self.o_proj(o.flatten(1))
@@ -263,7 +284,7 @@ class GatedCrossAttentionBlock(nn.Module):
 class ContrastiveHead(nn.Module):
     """Projects <ret> and pictures into one space, at a learned temperature (CLIP, section 2.3)."""
 
-    MAX_LOGIT_SCALE = math.log(100)
+    MAX_LOGIT_SCALE = math.log(100)  # of the parameter, so the scale is at most 100
 
     def __init__(self, text_dim: int, image_dim: int, dim: int):
         super().__init__()
@@ -272,6 +293,7 @@ class ContrastiveHead(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def forward(self, ret_hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ret_hidden (R, C), pooled (U, Cp) -> (R, E), (U, E) and the 0-d scale, see Output."""
         scale = self.logit_scale[0].clamp(max=self.MAX_LOGIT_SCALE).exp()
         return self.text(ret_hidden), self.image(pooled), scale
 
@@ -307,8 +329,7 @@ class VisionLanguageModel(nn.Module):
         self.head = table(c.vocab_size, c.dim)
         self.special_head = table(c.n_special, c.dim)
         if config.contrastive_dim:
-            pooled_dim = image_dim if config.resampler else config.vision.pooled_dim
-            self.contrastive = ContrastiveHead(c.dim, pooled_dim, config.contrastive_dim)
+            self.contrastive = ContrastiveHead(c.dim, config.pooled_dim, config.contrastive_dim)
 
     def forward(self, batch: Batch, features_only: bool = False) -> Output:
         """One micro-batch of training: the summed token loss and the contrastive features.
@@ -318,8 +339,8 @@ class VisionLanguageModel(nn.Module):
         hidden, pooled = self.hidden_states(batch)
         rows = batch.target_rows[:0] if features_only else batch.target_rows  # (L,)
         targets = batch.targets.index_select(0, rows)
-        token_loss, _ = linear_cross_entropy(hidden.index_select(0, rows), self.head, targets,
-                                             self.special_head)
+        token_loss = linear_cross_entropy(hidden.index_select(0, rows), self.head, targets,
+                                          self.special_head)
         if not self.config.contrastive_dim:
             nothing = token_loss.new_zeros(0, 1)
             return Output(token_loss, nothing, nothing, token_loss.new_ones(()))
@@ -328,9 +349,12 @@ class VisionLanguageModel(nn.Module):
 
     def hidden_states(self, batch: Batch, cache=None, blind: bool = False
                       ) -> tuple[Tensor, Tensor | None]:
-        """Of every token (T, C), after the last norm, and what encode_images says of pictures.
-        A cache (generate.KVCache) keeps what it gets to see. blind: there are no pictures, and
-        none that stands in for them is encoded; one that does needs the cache."""
+        """Hidden state of every token after the last norm, (T, C), and one pooled feature of each
+        picture, (U, Cp), or None.
+
+        cache: a generate.KVCache, filled on the way. blind: encode no picture, not even the grey
+        stand-in; only with a cache, whose rows then serve as keys that no token sees.
+        """
         pictures, pooled = (None, None) if blind else self.encode_images(batch)
         text_end = torch.arange(1, len(batch.tokens) + 1, device=batch.tokens.device)
         text = Span(batch.text_start, text_end.int(), batch.text_hints)
@@ -342,7 +366,7 @@ class VisionLanguageModel(nn.Module):
         return self.logits(self.hidden_states(batch)[0].index_select(0, rows))
 
     def encode_images(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What words look at, (I * P, Cv), and one feature of each different picture, (U, E).
+        """What words look at, (I * P, Cv), and one feature of each different picture, (U, Cp).
 
         The feature is CLIP's pooled one, or the mean of the resampler's latents where it exists.
         """
@@ -379,7 +403,7 @@ class VisionLanguageModel(nn.Module):
         return self.norm(x)
 
     def embedded(self, tokens: Tensor) -> Tensor:
-        """(T,) -> (T, C), from the published rows or, behind them, our own."""
+        """(T,) -> (T, C), from the published rows or, after them, our own."""
         special = (tokens - len(self.embed)).clamp(min=0)
         published = F.embedding(tokens.clamp(max=len(self.embed) - 1), self.embed)
         return torch.where((tokens < len(self.embed))[:, None], published,
@@ -425,8 +449,5 @@ def linear(n_in: int, n_out: int, std_scale: float = 1.0) -> nn.Linear:
 
 
 def table(n_rows: int, dim: int) -> nn.Parameter:
+    """A row (dim,) for each token, of length about 1."""
     return nn.Parameter(nn.init.normal_(torch.empty(n_rows, dim), std=dim**-0.5))
-
-
-def heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.view(x.shape[0], -1, head_dim)  # (T, H * D) -> (T, H, D)

@@ -82,30 +82,30 @@ def preset_model(name: str, shrink: int = 1) -> ModelConfig:
     return shrunk(PRESETS[name]["model"], shrink) if shrink > 1 else PRESETS[name]["model"]
 
 
-# --------------------------------------------------------------------------------- in small
+# ------------------------------------------------------------------------------- scaled down
 
 
 def shrunk(c: ModelConfig, by: int) -> ModelConfig:
-    """The same structure in small: widths divided by `by`, depths and sides by 4 at most.
+    """The same structure scaled down: widths divided by `by`, depths and sides by 4 at most.
 
-    A gated block still stands before every so many layers, and heads are not narrower than 16.
+    A gated block still stands before every this many layers, and heads are not narrower than 16.
     """
     v, d, r, less = c.vision, c.decoder, c.resampler, min(by, 4)
     groups = d.n_heads // d.n_kv_heads
-    n_heads, head_dim = heads(d.n_heads, d.head_dim, by)
+    n_heads, head_dim = narrower_heads(d.n_heads, d.head_dim, by)
     n_heads = -(-n_heads // groups) * groups
     decoder = replace(
         d, dim=narrower(d.dim, by), n_layers=fewer(d.n_layers, less * d.cross_attn_every)
         * d.cross_attn_every, n_heads=n_heads, n_kv_heads=n_heads // groups, head_dim=head_dim,
         hidden_dim=narrower(d.hidden_dim, by))
-    n_heads, head_dim = heads(v.n_heads, v.head_dim, by)
+    n_heads, head_dim = narrower_heads(v.n_heads, v.head_dim, by)
     vision = replace(
         v, image_size=fewer(v.image_size // v.patch_size, less) * v.patch_size,
         dim=narrower(v.dim, by), n_layers=fewer(v.n_layers, less), n_heads=n_heads,
         head_dim=head_dim, hidden_dim=narrower(v.hidden_dim, by),
         embed_dim=v.embed_dim and narrower(v.embed_dim, by))
     if r:
-        n_heads, head_dim = heads(r.n_heads, r.head_dim, by)
+        n_heads, head_dim = narrower_heads(r.n_heads, r.head_dim, by)
         r = replace(r, n_latents=fewer(r.n_latents, less), n_layers=fewer(r.n_layers, less),
                     n_heads=n_heads, head_dim=head_dim, hidden_dim=narrower(r.hidden_dim, by))
     return replace(c, vision=vision, decoder=decoder, resampler=r,
@@ -144,7 +144,7 @@ def narrower(width: int, by: int) -> int:
     return max(width // by // 16, 2) * 16
 
 
-def heads(n: int, head_dim: int, by: int) -> tuple[int, int]:
+def narrower_heads(n: int, head_dim: int, by: int) -> tuple[int, int]:
     """How many heads of what width."""
     narrow = min(head_dim, max(head_dim // by, 16))
     return narrower(n * head_dim, by) // narrow, narrow

@@ -37,7 +37,7 @@ from kernels import interval_attention, layer_norm, uniform_hints
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NO_PICTURE = -1  # key of the grey one of a batch without pictures
-MAX_ASPECT = 100  # all of a picture is resized before it is cropped
+MAX_ASPECT = 100  # 1 x 100,000 pixels would be resized to 224 x 22 million before the crop
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class VisionConfig:
     pool: str = "class"  # what is pooled: the class token as CLIP does, or the patches' "mean"
     keep_class: bool = False  # words look at the class token, too
     resize: str = "crop"  # shorter side to size, then the middle; or "squash" to a square
-    rgb: str = "white"  # transparent parts turn white; or "late": as CLIP, converted when resized
+    rgb: str = "white"  # transparent parts turn white; "late": CLIP's way, conversion to RGB comes
+    # after resizing and drops transparency
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
@@ -207,7 +208,12 @@ def preprocess(image: Image.Image, size: int, resize: str = "crop", rgb: str = "
 
 
 def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation of GELU that OpenAI trained CLIP with."""
     return x * torch.sigmoid(1.702 * x)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.view(x.shape[0], -1, head_dim)  # (T, H * D) -> (T, H, D)
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}
@@ -221,6 +227,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple:
+        """The norm of x (..., C); with a residual: (the norm of the sum of both, that sum)."""
         return layer_norm(x, self.weight, self.bias, self.eps, residual)
 
 
@@ -263,7 +270,7 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         inner = config.n_heads * config.head_dim
-        self.n_heads = config.n_heads
+        self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.dim, inner)
         self.k_proj = nn.Linear(config.dim, inner)
         self.v_proj = nn.Linear(config.dim, inner)
@@ -278,8 +285,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, n_images: int) -> Tensor:
         """x (I * P, C): every token attends to all tokens of its own picture."""
-        heads = (x.shape[0], self.n_heads, -1)
-        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        q, k, v = (split_heads(proj(x), self.head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         o = attend_within(q, k, v, n_images)  # (I * P, H, D)
         return self.o_proj(o.flatten(1))
 
@@ -375,7 +382,7 @@ class ResamplerBlock(nn.Module):
     def __init__(self, config: ResamplerConfig, dim: int):
         super().__init__()
         inner = config.n_heads * config.head_dim
-        self.n_heads = config.n_heads
+        self.head_dim = config.head_dim
         self.context_norm = LayerNorm(dim, config.norm_eps)
         self.latents_norm = LayerNorm(dim, config.norm_eps)
         self.q_proj = nn.Linear(dim, inner, bias=False)
@@ -390,13 +397,12 @@ class ResamplerBlock(nn.Module):
 
     def forward(self, latents: Tensor, context: Tensor) -> Tensor:
         """latents (I, L, C), context (I, P, C) -> latents (I, L, C)."""
-        I, L, _ = latents.shape
         normed = self.latents_norm(latents)
         keys = torch.cat([self.context_norm(context), normed], dim=1).flatten(0, 1)  # (I*(P+L), C)
-        q = self.q_norm(self.q_proj(normed.flatten(0, 1)).view(I * L, self.n_heads, -1))
-        k = self.k_norm(self.k_proj(keys).view(len(keys), self.n_heads, -1))
-        v = self.v_proj(keys).view(len(keys), self.n_heads, -1)
-        o = attend_within(q, k, v, I)  # (I * L, H, D)
+        q = self.q_norm(split_heads(self.q_proj(normed.flatten(0, 1)), self.head_dim))
+        k = self.k_norm(split_heads(self.k_proj(keys), self.head_dim))
+        v = split_heads(self.v_proj(keys), self.head_dim)
+        o = attend_within(q, k, v, len(latents))  # (I * L, H, D)
         attended = self.o_proj(o.flatten(1)).view_as(latents)
         normed, latents = self.mlp_norm(attended, latents)  # also the sum of both
         return latents + self.mlp(normed)

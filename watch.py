@@ -1,7 +1,8 @@
 """What a run shows of itself: lines on the terminal, log.jsonl, TensorBoard, answers to look at.
 
-log.jsonl has a line for every step and one for every evaluation; TensorBoard, where it is
-installed, gets the same numbers, in out/run/tensorboard.
+Read after train.py. log.jsonl has a line for every step and one for every evaluation; TensorBoard,
+where it is installed, gets the same numbers, in out/run/tensorboard. Answers are decoded here
+without a cache, one forward pass a token, for the model may be sharded (generate.py's cannot be).
 """
 
 import json
@@ -79,7 +80,7 @@ class Log:
         return self.path.stat().st_size if self.is_first else 0
 
     def forget(self, size: int, number: int) -> None:
-        """Cut the log back to what it was at a checkpoint; the steps behind it are made again."""
+        """Cut the log back to what it was at a checkpoint; the steps after it are made again."""
         if not self.is_first:
             return
         if self.path.is_file() and self.path.stat().st_size > size:
@@ -137,8 +138,7 @@ def answers(model: VisionLanguageModel, tokenizer: Tokenizer, documents: list[Do
     """What the model makes of the prompts of some documents: [{"prompt", "wanted", "answer"}].
 
     Each token takes a whole forward pass, without a cache: that way the model may be sharded, and
-    all ranks do the same. Documents that cannot be prompts (nothing before the answer) are passed
-    over.
+    all ranks do the same. Documents that cannot be prompts (nothing before the answer) are skipped.
     """
     asked = [(prompt, wanted) for prompt, wanted in map(prompt_and_answer, documents)
              if prompt and wanted]

@@ -41,14 +41,7 @@ from model import (
     ModelConfig,
     VisionLanguageModel,
 )
-from published import (
-    Family,
-    find_family,
-    original,
-    plain_names,
-    published_config,
-    rename,
-)
+from published import Family, find_family, original, plain_names, published_config, rename
 from quantised import quantise_, quantise_state
 from tokenizer import WRAPPER, Tokenizer
 from vision import LayerNorm, PerceiverResampler
@@ -294,8 +287,7 @@ def new_parts(config: ModelConfig, decoder: dict[str, Tensor]) -> dict[str, Tens
     elif config.image_norm:
         new["image_norm"] = LayerNorm(dim, config.vision.norm_eps)
     if config.contrastive_dim:
-        pooled = dim if config.resampler else config.vision.pooled_dim
-        new["contrastive"] = ContrastiveHead(c.dim, pooled, config.contrastive_dim)
+        new["contrastive"] = ContrastiveHead(c.dim, config.pooled_dim, config.contrastive_dim)
     state = {f"{prefix}.{name}": tensor for prefix, module in new.items()
              for name, tensor in module.state_dict().items()}
     if c.visible_images == "all":

@@ -4,7 +4,8 @@
     apply_rope             rope.py
     swiglu                 swiglu.py
     linear_cross_entropy   loss.py
-    interval_attention     attention.py   all attention of the system
+    interval_attention     attention.py   all attention of the system; its parts are in
+                           online_softmax.py, decode.py, spans.py: attention.py says in which order
     int8_linear            int8.py        layers whose weights are int8, for writing only
 
 Read them in this order, easiest first. Each has three backends, and backend.py says which one

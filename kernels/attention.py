@@ -4,8 +4,8 @@ Every query row i attends to one contiguous run of keys, [start_i, end_i):
 
     packed causal text      start_i = first token of i's document      end_i = i + 1
     a ViT over many images  start_i = first patch of i's image         end_i = its last patch + 1
-    words -> pictures       start_i = first visible picture's tokens   end_i = behind the last one's
-    decoding with a cache   start_i = first row of i's slot            end_i = behind its last token
+    words -> pictures       start_i = first visible picture's tokens   end_i = last one's end
+    decoding with a cache   start_i = first row of i's slot            end_i = its last token + 1
 
 What is slow. Attention as written below makes T x S scores and, in bf16, moves each of them to
 memory or back four times: 2 GB a head-layer for 16,000 tokens, nearly all of it masked away when
@@ -33,6 +33,7 @@ from kernels.backend import (
     custom_op,
     debugging,
     jit,
+    last_contiguous,
     next_power_of_2,
     tl,
     triton,
@@ -51,7 +52,9 @@ from kernels.spans import (
 #
 #     o_i = sum_j p_ij v_j,   p_i = softmax over j in [start_i, end_i) of  scale * (q_i . k_j)
 #
-# A row whose interval is empty (start >= end) gives exactly zero and sends exactly zero back.
+# A row whose interval is empty (start >= end) gives exactly zero and sends exactly zero back. A sum
+# over no key is 0: so a word that sees no picture passes the gated block unchanged, and text alone
+# is plain LLaMA (README, Laws: 3). A softmax over nothing would be 0/0 = NaN instead.
 
 
 def interval_attention_reference(
@@ -137,7 +140,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, o_ptr, lse_ptr,
     m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # long causal rows first
     h = tl.program_id(1).to(tl.int64)
     rows = m + tl.arange(0, BLOCK_M)
-    start = tl.load(start_ptr + tl.minimum(rows, n_rows - 1))  # rows behind the last are like it
+    start = tl.load(start_ptr + tl.minimum(rows, n_rows - 1))  # rows after the last are like it
     end = tl.load(end_ptr + tl.minimum(rows, n_rows - 1))
     q = load_rows(q_ptr + h * stride_qh, m, stride_qt, n_rows, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     k_ptr += h // GROUP * stride_kh
@@ -386,9 +389,9 @@ def interval_attention(
     are known on the CPU; without it the torch backend reads them back from the device.
     Raises ValueError on shapes, dtypes or devices that do not fit; in debug mode, and with the
     reference, also on intervals that decrease or leave the keys. Otherwise these are taken on
-    trust, since only the device knows them: behind the keys, Triton reads foreign memory. Numbers
-    must be finite: in the Triton kernels a NaN reaches all rows and keys of its tile. Source:
-    design of this project; the softmax attention itself is Vaswani et al. 2017, section 3.2.1.
+    trust, since only the device knows them: an end beyond S makes Triton read out of bounds.
+    Numbers must be finite: in the Triton kernels a NaN reaches all rows and keys of its tile.
+    The softmax attention itself is Vaswani et al. 2017, section 3.2.1.
     """
     check_shapes(q, k, v, start, end)
     if hints is not None and (hints.n_rows != len(q) or hints.n_keys > len(k)):
@@ -411,7 +414,7 @@ def interval_attention_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, en
                               scale: float, hints: AttentionHints | None) -> Tensor:
     if not len(q) or not len(k):  # a kernel without programs cannot be started
         return nothing_seen(q, k, v)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(last_contiguous, (q, k, v))
     start, end = start.contiguous(), end.contiguous()
     if decodes(q, k, v):
         return torch.ops.nanovilla.attention_decode(q, k, v, start, end, scale)

@@ -19,7 +19,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the kernels' parameters still say `tl.constexpr`
+except ImportError:  # kernel signatures mention tl.constexpr, so a stand-in is needed
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 BACKENDS = ("triton", "torch", "reference")
@@ -88,6 +88,11 @@ def custom_op(name: str) -> Callable:
                 return function(first, *others)
         return torch.library.custom_op(f"nanovilla::{name}", launch, mutates_args=())
     return register
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x, copied only if the numbers of a row are not next to each other, as kernels expect."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def next_power_of_2(n: int) -> int:

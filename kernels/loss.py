@@ -2,8 +2,8 @@
 
     loss = sum over t of  logsumexp(W h_t) - (W h_t)[target_t]
 
-Rows with target -100 are not learned. The *sum* and the *count* are returned, not the mean: how
-many targets there are is only known over all ranks and micro-batches, and only their global count
+Rows with target -100 are not learned. The *sum* is returned, not the mean: how many targets there
+are is only known over all ranks and micro-batches, and only their global count (parallel.losses)
 makes the gradient independent of how the batch was split.
 
 What is slow. The logits of 8,192 tokens over 32,000 pieces are 0.5 GB in bf16, their fp32 copy
@@ -151,29 +151,28 @@ if triton:
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
                          extra: Tensor | None = None, backend: str | None = None
-                         ) -> tuple[Tensor, Tensor]:
-    """hidden (T, C), weight (V, C), targets (T,) int64 -> loss sum and target count, both 0-d.
+                         ) -> Tensor:
+    """hidden (T, C), weight (V, C), targets (T,) int64 -> the loss summed over the targets, 0-d.
 
-    `extra` (E, C) are rows behind those of weight, so that one of both tables can stay frozen: no
+    `extra` (E, C) are rows after those of weight, so that one of both tables can stay frozen: no
     gradient of a frozen one is computed. The sum is fp32 (fp64 for fp64 inputs). Raises ValueError
     on shapes, dtypes or devices that do not fit; in debug mode, and with the reference, also on a
     target that is no row (which otherwise gives an infinite loss or torch's own error).
     """
     extra = weight[:0].detach() if extra is None else extra
     check_loss(hidden, weight, extra, targets)
-    count = (targets != IGNORE).sum()
     name = backend_for(hidden, backend)
     if name == "reference" or debugging():
         check_targets(targets, len(weight) + len(extra))
     if name == "triton" and len(hidden):
         learn = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, extra)]
         loss, *_ = fused_loss(hidden.contiguous(), weight, extra, targets.contiguous(), learn)
-        return loss, count
+        return loss
     table = torch.cat([weight, extra]) if len(extra) else weight
     if name == "reference":
         loss = chunk_loss(hidden.double(), table.double(), targets)
-        return loss.to(torch.promote_types(hidden.dtype, torch.float32)), count
-    return loss_torch(hidden, table, targets), count
+        return loss.to(torch.promote_types(hidden.dtype, torch.float32))
+    return loss_torch(hidden, table, targets)
 
 
 def check_loss(hidden: Tensor, weight: Tensor, extra: Tensor, targets: Tensor) -> None:

@@ -30,7 +30,7 @@ from kernels.backend import (
     triton,
 )
 
-PARTS = 256  # programs of the backward pass: so many partial sums of dweight, whatever the machine
+PARTS = 256  # programs of the backward pass: as many partial sums of dweight on any machine
 
 # ------------------------------------------------------------------------------- in plain PyTorch
 
@@ -178,7 +178,7 @@ if triton:
 
 
 def warps(C: int) -> int:
-    """Threads for a row: about eight numbers each."""
+    """Warps for a row: about eight numbers a thread."""
     return max(1, min(16, next_power_of_2(C) // 256))
 
 

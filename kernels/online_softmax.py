@@ -37,6 +37,7 @@ def load_rows(ptr, first, stride, n_rows, BLOCK: tl.constexpr, HEAD_DIM: tl.cons
 @jit
 def store_rows(ptr, value, first, stride, n_rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
                BLOCK_D: tl.constexpr):
+    """Write value (BLOCK, BLOCK_D) to rows first, first + 1, ...; none outside of the tensor."""
     rows, dims = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     block = ptr + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
     inside = (first + rows < n_rows)[:, None] & (dims < HEAD_DIM)[None, :]

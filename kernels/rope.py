@@ -22,6 +22,7 @@ from kernels.backend import (
     check_numbers,
     custom_op,
     jit,
+    last_contiguous,
     next_power_of_2,
     tl,
     triton,
@@ -85,10 +86,6 @@ if triton:
         return rope(last_contiguous(dy), *ctx.saved_tensors, not ctx.back), None, None, None
 
     rope.register_autograd(backward, setup_context=keep_for_backward)
-
-
-def last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str | None = None) -> Tensor:

@@ -9,7 +9,7 @@ the rectangles and triangles they are made of, and gives each family of like-siz
     start     0 0 0 0 4 4 4 7 7                three triangles of 4, 3 and 2 rows; those of
     end       1 2 3 4 5 6 7 8 9                like length (FAMILY_RATIO) share a batch
 
-Triangles may be padded to the longest of their family without any mask: the padding stands to the
+Triangles may be padded to the longest of their family without any mask: the padding is to the
 right of every real key, and causality hides it. Rectangles only pad their query rows, which are
 thrown away. Everything else (sliding windows, decoding slots) is cut into small masked tiles.
 
@@ -48,8 +48,8 @@ class AttentionHints:
 
     rows, keys: the query and key rows of all groups, end to end, each gathered once; a slice where
     they already lie in order.
-    place (T,): where row t's result stands among the groups' results laid end to end (empty rows
-    point behind the last one, at a row of zeros). None: the one group's results are in order.
+    place (T,): where row t's result is among the groups' results laid end to end (empty rows
+    point one past the last one, at a row of zeros). None: the one group's results are in order.
     role: how many keys a row typically sees, "short" (captions), "medium" (pictures), "long".
     n_rows, n_keys: of the stream they were made for; of the keys, as many as are seen.
     """
@@ -78,7 +78,7 @@ def attention_hints(start: np.ndarray, end: np.ndarray) -> AttentionHints:
     for first, stop, kind in _tiles(start, end):
         rows, keys = stop - first, int(end[stop - 1] - start[first])
         # A rectangle's keys must agree exactly: nothing hides surplus ones. Its rows may be padded;
-        # if they are few beside the keys, that costs less than to gather keys and values.
+        # if they are few compared with the keys, that costs less than to gather keys and values.
         n_keys = keys if kind == "full" else _family(keys)
         n_rows = 0 if kind == "full" and 2 * rows <= keys else _family(rows)
         families.setdefault((kind, n_rows, n_keys), []).append((first, stop))
@@ -170,7 +170,7 @@ def _tiles(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int, str]]:
             tiles.append((first, stop, "causal"))
         elif not growing and stop - first > 1:
             tiles.append((first, stop, "full"))
-        elif stop - first > 1:  # a triangle behind a prefix, as when a cached prompt grows
+        elif stop - first > 1:  # a triangle after a prefix, as when a cached prompt grows
             tiles += [
                 (i, min(i + TILE_ROWS, stop), "masked") for i in range(first, stop, TILE_ROWS)
             ]

@@ -18,6 +18,7 @@ BLOCK = 1024
 
 
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, all of one shape."""
     return F.silu(gate) * up
 
 
