@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class UserError(ValueError):
     """A mistake of the user's: shown as its one line, exit code 2, no traceback."""
@@ -39,7 +42,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one speaks for its machine
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun, one process per machine
             complain(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -80,7 +83,7 @@ def input_errors():
 def disk_errors(path: Path, run: Path | None = None):
     """Within it, what cannot be written (a full disk) is a UserError with the file's name.
 
-    run: the folder by which it can be gone on with; none: nothing has begun.
+    run: the folder by which it can be resumed; none: nothing has begun.
     """
     try:
         yield
@@ -131,4 +134,4 @@ def dtype_name(dtype: torch.dtype) -> str:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
+    return DTYPES[name]

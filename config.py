@@ -1,7 +1,8 @@
 """Every choice of a training run in one dataclass, and the command line made of it.
 
-A field of TrainConfig is a flag of train.py: `batch_size` is --batch-size, its `help` is the help
-text; a preset (presets.py) is a table of fields that differ from the defaults.
+Read when you need a flag. A field of TrainConfig is a flag of train.py: `batch_size` is
+--batch-size, its `help` is the help text; a preset (presets.py) is a table of fields that differ
+from the defaults.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import Parser, UserError, input_errors
+from cli import DTYPES, Parser, UserError, dtype_name, input_errors
 from presets import PER_STAGE, PRESETS, preset_fields
 from sources import Spec
 
@@ -35,7 +36,7 @@ class TrainConfig:
     preset: str = option("tiny", "model and recipe to start from, see presets.py", tuple(PRESETS))
     stage: int = option(0, "one stage of the preset alone, from 1 (0: all, one after another)",
                         low=0)
-    shrink: int = option(1, "the preset's structure in small: sizes, batch and steps divided by "
+    shrink: int = option(1, "the preset's structure scaled down: sizes, batch and steps divided by "
                          "this", low=1, high=1024)
     data: tuple[str, ...] = option((), "data sets, each [NAME=]FILES[@PICTURES][*SHARE], see "
                                    "sources.py; without any, the drawn world")
@@ -46,7 +47,7 @@ class TrainConfig:
     vision: str = option("", "a published CLIP to start from, with --lm; file or folder")
     lm: str = option("", "a published LLaMA to start from, with --vision; folder")
     out: str = option("", "run folder to write (default: out/PRESET, with --data out/FOLDER)")
-    resume: str = option("", "run folder to go on with, exactly where it stopped; 'auto': the one "
+    resume: str = option("", "run folder to continue, exactly where it stopped; 'auto': the one "
                              "that these flags would write, if it exists")
 
     stages: tuple[str, ...] = option(("pretrain", "instruct"), "stages, in order",
@@ -69,15 +70,16 @@ class TrainConfig:
 
     batch_size: int = option(32, "samples of one optimizer step, over all ranks together", low=1)
     micro_batch: int = option(0, "samples of one forward pass of a rank, at most; a rank goes "
-                              "through its share of a step in so many (0: all at once)", low=0)
-    gate_start: float = option(0.0, "where the gates of a model from nothing start, before tanh")
+                              "through its share of a step in this many (0: all at once)", low=0)
+    gate_start: float = option(0.0, "initial value of every new gate, before tanh (0: the decoder "
+                               "starts unchanged)")
     gate_lr_scale: float = option(1.0, "gates learn at this multiple of the learning rate", low=0)
     weight_decay: float = option(0.1, "pull of AdamW towards 0, on matrices and tables only", low=0)
     beta1: float = option(0.9, "how much of its mean gradient AdamW keeps a step", low=0, below=1)
     beta2: float = option(0.95, "how much of its mean square AdamW keeps a step", low=0, below=1)
     adam_eps: float = option(1e-8, "added to AdamW's divisor", above=0)
     grad_clip: float = option(1.0, "largest gradient norm", above=0)
-    contrastive_weight: float = option(0.1, "weight of the contrastive loss beside the tokens'",
+    contrastive_weight: float = option(0.1, "weight of the contrastive loss next to the tokens'",
                                        low=0)
     random_crop: float = option(1.0, "smallest share of a picture that a random crop keeps (1: the "
                                 "middle, as in evaluation; CLIP's successors take 0.9)", above=0,
@@ -101,7 +103,7 @@ class TrainConfig:
     seed: int = option(0, "fixes weights, order and drawn scenes", low=0, below=2**31)
 
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32",
+    dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32; also bf16, fp32",
                         ("auto", "float32", "bfloat16"))
     backend: str = option("auto", "whose kernels; auto: triton on CUDA, else torch; "
                           "reference is slow and for tests",
@@ -113,10 +115,9 @@ class TrainConfig:
                         "frozen ones whole on each, or all", ("trained", "all"))
     replicate: int = option(0, "groups of ranks that hold the whole model between them (HSDP); 1: "
                             "one of all ranks (0: one for every machine)", low=0)
-    reshard: str = option("yes", "gathered weights are let go of after the forward pass, and "
-                          "gathered again for the backward one", YES_OR_NO)
-    prefetch: int = option(0, "blocks whose weights are gathered ahead of the one that computes "
-                           "(0: FSDP's own way)", low=0)
+    reshard: str = option("yes", "gathered weights are freed after the forward pass, and gathered "
+                          "again for the backward one", YES_OR_NO)
+    prefetch: int = option(0, "how many blocks ahead to gather weights (0: FSDP's own way)", low=0)
     recompute: str = option("none", "what the backward pass computes again instead of keeping it: "
                             "none, all but attention, or full", ("none", "selective", "full"))
     compile: str = option("no", "torch.compile for every block", YES_OR_NO)
@@ -242,7 +243,7 @@ def nearest(n: int, allowed: list[int]) -> str:
                                         min((a for a in allowed if a > n), default=0)) if m)
 
 
-# What may differ when a run goes on; anything else would make it another run.
+# What may differ when a run is resumed; anything else would make it another run.
 # Where data and frozen weights are found may differ too, for what they hold is compared.
 MAY_CHANGE = ("resume", "device", "backend", "workers", "eval_every", "eval_questions",
               "exam_questions", "checkpoint_every", "keep", "max_bad", "micro_batch", "data", "val",
@@ -295,6 +296,8 @@ def parse(argv: list[str], prog: str = "train.py") -> TrainConfig:
             how = dict(type=typing.get_args(kind)[0], nargs="+")
         elif choices == YES_OR_NO:
             how |= dict(nargs="?", const="yes")
+        elif f.name == "dtype":  # config.json has the long name
+            how |= dict(type=lambda name: dtype_name(DTYPES[name]) if name in DTYPES else name)
         parser.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=help_of(f),
                             **how)
     given = vars(parser.parse_args(argv))

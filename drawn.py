@@ -1,7 +1,8 @@
 """The drawn world's documents: captions, searches, conversations about scenes from a seed.
 
 world.py draws the scenes and knows what is true of them; here is decided what is told and asked in
-training, and how often. An endless source, to the loader the same as sources.Stream is: `at(n)`.
+training, and how often. An endless source with sources.Stream's interface: `at(n)`. Read after
+world.py.
 """
 
 import random

@@ -1,4 +1,7 @@
-"""What is trained and how fast: frozen parts, AdamW, the learning rate's way up and down."""
+"""What is trained and how fast: frozen parts, AdamW, the learning rate's warm-up and decay.
+
+Read with train.py.
+"""
 
 import math
 

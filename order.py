@@ -10,7 +10,7 @@ to count its way forward. So the shuffle is a function that can be asked at any 
     place in the window -> (file, row)
 
 The state of the data in a checkpoint is therefore one integer, whatever the number of ranks and
-workers was or will be.
+workers was or will be. Read with sources.py, which asks for samples by these numbers.
 """
 
 import math

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import cli
 from cli import Parser, UserError, dtype_name, input_errors, run_main
 from containers import read_json, read_tensors, weight_file
 from model import (
@@ -50,7 +51,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.model")
 MOST_NAMELESS = 127  # rows without a name, if they fill a table up to a multiple of 64
 OF_A_LLAMA = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
               "norm_eps", "rope_theta", "max_seq_len")  # the rest of its config is about pictures
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"auto": None, **cli.DTYPES, "int8": torch.int8}  # that load_model takes
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"
 ADVICE = "give a folder that train.py wrote, such as out/tiny/model, or a published model's"
@@ -497,7 +498,7 @@ def main() -> None:
     convert = commands.add_parser("convert", help="write a model folder from published weights")
     convert.add_argument("source", nargs="+", help="a whole model, or a CLIP and a LLaMA")
     convert.add_argument("folder", help="the new model folder")
-    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+    convert.add_argument("--dtype", choices=[*cli.DTYPES],
                          help="of the new files (default: the model's, or the LLaMA's)")
     for command in (inspect, convert):
         command.add_argument("--set", action="append", default=[], metavar="PART.FIELD=VALUE",
@@ -528,7 +529,7 @@ def convert_files(sources: list[str], folder: Path, dtype: str | None, settings:
     else:
         raise ValueError(f"{len(sources)} sources: give one whole model, or a CLIP and a LLaMA")
     if dtype:
-        model.to(getattr(torch, dtype))
+        model.to(cli.DTYPES[dtype])
     try:
         save_model(folder, model.config, model.state_dict(), tokenizer)
     except OSError as error:

@@ -201,7 +201,8 @@ def test_a_run_folder_may_be_moved_and_spelled_otherwise(finished, tmp_path, mon
 
 def test_a_run_keeps_its_dtype_whatever_device_it_goes_on_with(finished, cli):
     assert json.loads((finished / "config.json").read_text())["dtype"] == "float32"
-    assert parse(["--resume", str(finished), "--dtype", "auto"]).dtype == "float32"
+    for name in ("auto", "float32", "fp32"):
+        assert parse(["--resume", str(finished), "--dtype", name]).dtype == "float32"
     code, _, err = cli(train, "--resume", finished, "--dtype", "bfloat16")
     assert code == 2 and "--dtype is bfloat16 here, but float32" in err
 

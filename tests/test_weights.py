@@ -92,7 +92,8 @@ def test_weights_are_loaded_in_the_dtype_asked_for(folder, tiny_model):
         assert torch.equal(loaded.get_parameter(name), parameter.bfloat16())
     change_tensors(folder, lambda x: x.update({k: v.bfloat16() for k, v in x.items()}))
     assert load_model(folder)[0].embed.dtype == torch.bfloat16  # unless asked: as in the file
-    assert load_model(folder, dtype="fp32")[0].embed.dtype == torch.float32
+    for name in ("fp32", "float32"):
+        assert load_model(folder, dtype=name)[0].embed.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", FILES)
