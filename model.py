@@ -53,6 +53,7 @@ from vision import (
     ResamplerConfig,
     VisionConfig,
     VisionTransformer,
+    check_choice,
     split_heads,
 )
 
@@ -92,11 +93,8 @@ class DecoderConfig:
         if self.cross_attn_every < 1 or self.n_layers % self.cross_attn_every:
             raise ValueError(f"cross_attn_every {self.cross_attn_every} must divide n_layers "
                              f"{self.n_layers}")
-        if self.cross_attn_before not in ("first", "last"):
-            raise ValueError(f"cross_attn_before {self.cross_attn_before!r}: choose 'first' or "
-                             f"'last'")
-        if self.visible_images not in ("latest", "all"):
-            raise ValueError(f"visible_images {self.visible_images!r}: choose 'latest' or 'all'")
+        check_choice("cross_attn_before", self.cross_attn_before, "first", "last")
+        check_choice("visible_images", self.visible_images, "latest", "all")
         if (self.visible_images == "all") != (self.max_images > 0):
             raise ValueError(f"max_images {self.max_images}: for 'all' above 0, for 'latest' 0")
 

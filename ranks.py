@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from cli import UserError, complain
 
-MEETING = timedelta(days=1)  # in which all ranks have to come together
+MEETING = timedelta(days=1)  # within which all ranks must have met
 
 
 @dataclass(frozen=True)

@@ -352,7 +352,10 @@ class Validation:
 
 
 def validation_of(run: Run, stage: str) -> Validation:
-    """UserError if none of the samples can be used."""
+    """This rank's share of the stage's fixed samples, and the first few documents to be answered.
+
+    UserError if none of the samples can be used.
+    """
     samples = samples_of(run.config, run.sets, stage, run.model.config, "test")
     n_samples = min(VAL_SAMPLES, len(samples))
     numbers = [list(range(run.ranks.rank, n_samples, run.ranks.size))]

@@ -40,6 +40,12 @@ NO_PICTURE = -1  # key of the grey one of a batch without pictures
 MAX_ASPECT = 100  # 1 x 100,000 pixels would be resized to 224 x 22 million before the crop
 
 
+def check_choice(name: str, value: str, *allowed: str) -> None:
+    """Raise ValueError unless a config's field has one of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r}: choose {' or '.join(map(repr, allowed))}")
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """A ViT of the CLIP family; the defaults are CLIP ViT-L/14 at 224 px."""
@@ -67,15 +73,10 @@ class VisionConfig:
             raise ValueError(
                 f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
             )
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"activation {self.activation!r}: choose one of 'quick_gelu', "
-                             f"'gelu'")
-        if self.pool not in ("class", "mean"):
-            raise ValueError(f"pool {self.pool!r}: choose 'class' or 'mean'")
-        if self.resize not in ("crop", "squash"):
-            raise ValueError(f"resize {self.resize!r}: choose 'crop' or 'squash'")
-        if self.rgb not in ("white", "late"):
-            raise ValueError(f"rgb {self.rgb!r}: choose 'white' or 'late'")
+        check_choice("activation", self.activation, "quick_gelu", "gelu")
+        check_choice("pool", self.pool, "class", "mean")
+        check_choice("resize", self.resize, "crop", "squash")
+        check_choice("rgb", self.rgb, "white", "late")
 
     @property
     def n_patches(self) -> int:
@@ -109,8 +110,7 @@ class ResamplerConfig:
     mlp_bias: bool = True
 
     def __post_init__(self):
-        if self.activation not in ("gelu", "relu"):
-            raise ValueError(f"activation {self.activation!r}: choose 'gelu', 'relu'")
+        check_choice("activation", self.activation, "gelu", "relu")
 
 
 # ------------------------------------------------------------------------------------- pictures
