@@ -17,7 +17,7 @@ from augment import Picture as Ready
 from beams import beam_search
 from benchmarks import Picture, Question
 from data import Batch, Encoded, collate, collate_options, encode, pixels
-from formats import Document
+from documents import Document
 from generate import generate
 from model import ModelConfig, VisionLanguageModel
 from ranks import Ranks, wait_for_all

@@ -28,8 +28,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from boxes import BOX, ORIENTATION, in_crop, middle_square, picture_size, upright_size
-from formats import Document, Ret, Text
-from formats import Image as Shown
+from documents import Document, Ret, Text
+from documents import Image as Shown
 from vision import PictureError, open_image, preprocess, readable, to_rgb
 
 MIN_SIDE = 10  # pixels; less is no picture

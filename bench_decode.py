@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from cli import Parser, UserError
 from data import Batch, Encoded, collate, prompts
-from formats import asking
+from documents import asking
 from generate import generate
 from model import ModelConfig, VisionLanguageModel
 from presets import PRESETS, preset_model

@@ -1,7 +1,7 @@
 """A conversation about pictures, and the terminal that it is held in.
 
 Read after generate.py and data.py. What the model reads is always one document, made anew from all
-turns that it remembers, in the form it was trained on (formats.chat_document):
+turns that it remembers, in the form it was trained on (documents.chat_document):
 
     User: <image> What is it?<end_of_utterance> Assistant: a cat<end_of_utterance> User: ...
 
@@ -29,7 +29,7 @@ import page
 from beams import beam_search
 from cli import one_line, printable
 from data import encode, prompts
-from formats import Document, Image, Ret, Text, asking
+from documents import Document, Image, Ret, Text, asking
 from gallery import Gallery, wish
 from generate import generate
 from looking import answer_words, seen_part

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augment import Augment, Picture, boxes_as_seen, holds_box, jitter, load_picture
 from cli import run_main
-from formats import Document, Image, Ret, Text, is_page, without_last
+from documents import Document, Image, Ret, Text, is_page, without_last
 from kernels import IGNORE, AttentionHints, attention_hints
 from records import BadRecord, hash_of
 from tally import Origin

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from augment import large_enough
 from cli import Parser, input_errors
 from data import Samples, collate, collate_options, leave_signals_to_parent
-from formats import IMAGE_SUFFIXES, Image, Ret, Text
+from documents import Image, Ret, Text
+from formats import IMAGE_SUFFIXES
 from sources import Sample, Source, Stream, open_sources
 from tally import Origin, Tally
 from tokenizer import Tokenizer

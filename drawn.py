@@ -10,7 +10,7 @@ import random
 import numpy as np
 
 import world
-from formats import Document, Ret, caption_documents, chat_document
+from documents import Document, Ret, caption_documents, chat_document
 from sources import Sample
 
 # How often each kind of question is asked. A box is thirty tokens long and its last digits cannot

@@ -38,7 +38,7 @@ from boxes import BOX, in_whole, middle_square
 from captions import cut_caption
 from cli import Parser, UserError, commit, input_errors, pick_device, run_main
 from data import encode, pixels, prompts
-from formats import Document, Image, Ret, Text, asking
+from documents import Document, Image, Ret, Text, asking
 from model import VisionLanguageModel
 from ranks import start_group, stop_group, this_rank, wait_for_all
 from scores import Result, bootstrap, by_id, in_form, retrieval

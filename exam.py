@@ -17,7 +17,7 @@ from tqdm import tqdm
 import world
 from answering import answer_all
 from data import prompts
-from formats import Document, Ret, chat_document
+from documents import Document, Ret, chat_document
 from model import VisionLanguageModel
 from scores import is_right
 from tokenizer import Tokenizer

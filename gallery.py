@@ -38,7 +38,8 @@ from tqdm import tqdm
 
 from augment import Picture
 from data import Encoded, collate, collate_options, encode, pixels
-from formats import IMAGE_SUFFIXES, Document, Ret
+from documents import Document, Ret
+from formats import IMAGE_SUFFIXES
 from model import VisionLanguageModel
 from records import cache_folder, whole
 from tokenizer import Tokenizer

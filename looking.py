@@ -33,7 +33,7 @@ from torch import Tensor
 
 from boxes import BOX, Frame, in_whole, middle_square, sides
 from data import collate, collate_options, encode
-from formats import Document
+from documents import Document
 from model import Batch, VisionLanguageModel
 from page import WHOLE, Word, visible
 from plot import COLOURS, INK

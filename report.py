@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from answering import answer_all
 from cli import Parser, UserError, input_errors, pick_device, run_main
-from formats import chat_document
+from documents import chat_document
 from plot import COLOURS, GREY, GRID, INK
 from vision import open_image
 from weights import BUILT_IN, load_model

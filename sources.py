@@ -29,18 +29,8 @@ from random import Random
 import numpy as np
 from tqdm import tqdm
 
-from formats import (
-    FORMATS,
-    Document,
-    Reading,
-    Ret,
-    caption_documents,
-    chat_document,
-    find_pairs,
-    format_of,
-    parse,
-    there,
-)
+from documents import Document, Ret, caption_documents, chat_document
+from formats import FORMATS, Reading, find_pairs, format_of, parse, there
 from order import Order, Shares, rng_of
 from records import (
     HELD_OUT,

@@ -17,8 +17,8 @@ import world
 from cli import disk_errors, input_errors
 from config import TrainConfig
 from data import pixels
+from documents import Image, Ret, Text
 from drawn import DrawnWorld
-from formats import Image, Ret, Text
 from model import ModelConfig, VisionLanguageModel
 from presets import preset_model
 from ranks import Ranks, wait_for_all

@@ -42,7 +42,7 @@ from cli import (
 )
 from config import TrainConfig, check_groups, check_split, parse
 from data import Batch, ahead, collate, collate_options, encode, loader, sample_numbers
-from formats import Document
+from documents import Document
 from kernels import backend_for, set_backend
 from model import VisionLanguageModel
 from optim import freeze, learning_rate, make_optimizer

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cli import disk_errors
 from data import Encoded, collate, collate_options, encode
-from formats import Document, Image, Ret
+from documents import Document, Image, Ret
 from model import VisionLanguageModel
 from tokenizer import Tokenizer
 

@@ -30,9 +30,9 @@ import numpy as np
 from safetensors.torch import save_file
 
 import world
+from documents import caption_documents
 from drawn import DrawnWorld, short_captions
 from exam import drawn_exam, find_pictures, main_accuracy
-from formats import caption_documents
 from published import FAMILIES, original
 from tests.shards import encoded, write_sample
 from weights import BUILT_IN, load_model

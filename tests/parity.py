@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from data import prompts
-from formats import Text, chat_document
+from documents import Text, chat_document
 from model import Span, VisionLanguageModel
 from tests import checkpoints
 from weights import assemble, load_model

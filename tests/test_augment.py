@@ -16,7 +16,7 @@ from PIL import ImageOps
 import augment
 from augment import Augment, Picture, boxes_as_seen, holds_box, jitter, load_picture, random_crop
 from data import Samples
-from formats import Image, Ret, Text, caption_documents, chat_document
+from documents import Image, Ret, Text, caption_documents, chat_document
 from records import BadRecord
 from sources import Sample
 from vision import PictureError, open_image, preprocess

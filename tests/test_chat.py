@@ -18,7 +18,7 @@ import world
 from beams import beam_search
 from chat import MOST_FOUND, Conversation, Seen, Terminal, transcript
 from data import encode, prompts
-from formats import Ret, chat_document
+from documents import Ret, chat_document
 from gallery import open_gallery, wish
 from generate import Step
 from sample import read_examples

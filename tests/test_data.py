@@ -29,8 +29,8 @@ from data import (
     prompts,
     sample_numbers,
 )
+from documents import Image, Ret, Text, caption_documents, chat_document
 from drawn import DrawnWorld
-from formats import Image, Ret, Text, caption_documents, chat_document
 from kernels import IGNORE, attention_hints
 from kernels.attention import check_intervals
 from sources import DataSets, Sample, Stream

@@ -21,7 +21,7 @@ import report
 import world
 from answering import Answer, read_answers
 from benchmarks import BENCHMARKS, PLACE, Question
-from formats import Image, Text, asking
+from documents import Image, Text, asking
 from tests.folders import MAKERS, make, scene_picture, write
 
 ROOT = Path(__file__).parent.parent

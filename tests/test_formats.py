@@ -17,16 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image as PIL_Image
 
 import formats
-from formats import (
-    Image,
-    Reading,
-    Ret,
-    Text,
-    caption_documents,
-    chat_document,
-    find_pairs,
-    format_of,
-)
+from documents import Image, Ret, Text, caption_documents, chat_document
+from formats import Reading, find_pairs, format_of
 from records import BadRecord
 from sources import DataSets, Source
 from tests.shards import WHOLE, encoded, photo

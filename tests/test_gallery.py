@@ -21,7 +21,7 @@ from PIL import Image as Pillow
 import gallery
 import world
 from data import prompts
-from formats import Image, Ret, Text, chat_document
+from documents import Image, Ret, Text, chat_document
 from gallery import Found, Gallery, open_gallery, read_kept, wish, write_kept
 from generate import generate
 from vision import ResamplerConfig

@@ -22,8 +22,8 @@ import sample
 import weights
 import world
 from data import collate, collate_options, encode, prompts
+from documents import asking
 from drawn import SHARES, DrawnWorld
-from formats import asking
 from generate import generate
 from kernels import int8, int8_linear, quantise
 from quantised import Int8Linear, quantise_

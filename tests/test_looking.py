@@ -18,7 +18,7 @@ import looking
 import page
 import world
 from data import encode, prompts
-from formats import Document, Image, Text, asking
+from documents import Document, Image, Text, asking
 from generate import generate
 from looking import answer_words, draw_boxes, looks, overhearing, seen_part, strip, words_of
 from model import VisionLanguageModel

@@ -17,8 +17,8 @@ from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
 from beams import beam_search
 from data import encode, pixels, prompts
-from formats import Image as Picture
-from formats import Text, chat_document
+from documents import Image as Picture
+from documents import Text, chat_document
 from generate import generate
 from kernels import rope_table
 from tests import checkpoints

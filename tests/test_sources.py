@@ -18,7 +18,8 @@ import pytest
 
 import sources
 from data import Samples, loader, sample_numbers
-from formats import Image, Reading, Text, caption_documents, read_pair
+from documents import Image, Text, caption_documents
+from formats import Reading, read_pair
 from records import HELD_OUT, BadRecord, hash_of
 from sources import DataSets, Spec, open_source, open_sources
 from tests.shards import MENDED, SPOILED, WHOLE, write_sample, write_shard

@@ -21,7 +21,7 @@ import published
 import tokenizer as tokenizer_module
 import world
 from data import encode
-from formats import chat_document
+from documents import chat_document
 from tokenizer import (
     SPECIAL_TOKENS,
     Piece,

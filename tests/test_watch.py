@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from cli import UserError
 from data import prompts
-from formats import Image, Ret, Text, caption_documents, chat_document
+from documents import Image, Ret, Text, caption_documents, chat_document
 from generate import generate
 from tests.launch import FEW
 from tests.test_train import QUICK, log
