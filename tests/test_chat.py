@@ -3,7 +3,6 @@
 pytest tests/test_chat.py
 """
 
-import doctest
 import io
 import re
 import shutil
@@ -423,7 +422,3 @@ def test_a_wrong_example_is_named_by_its_line(tmp_path, content, says):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=says):
         read_examples(str(path))
-
-
-def test_examples_in_docstrings_hold():
-    assert doctest.testmod(chat).failed == 0

@@ -3,7 +3,6 @@
 pytest tests/test_data.py
 """
 
-import doctest
 import json
 import pickle
 from dataclasses import fields, replace
@@ -154,11 +153,6 @@ def test_a_conversation_follows_the_chat_template_and_only_answers_are_learned(t
 
 
 # ---------------------------------------------------------------------------------- one micro-batch
-
-
-def test_the_worked_examples_of_data_py_are_true():
-    results = doctest.testmod(data)
-    assert results.attempted >= 3 and not results.failed
 
 
 def test_the_table_in_the_header_of_data_py_is_what_collate_makes():

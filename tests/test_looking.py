@@ -3,7 +3,6 @@
 pytest tests/test_looking.py
 """
 
-import doctest
 import random
 from dataclasses import replace
 
@@ -474,7 +473,3 @@ def test_the_font_measures_what_it_shortens():
     font = ImageFont.load_default(14)
     assert looking.shortened("  a\n cat ", font, 100) == "a cat"
     assert font.getlength(looking.shortened("x" * 99, font, 100)) <= 100
-
-
-def test_the_examples_in_the_docstrings_hold():
-    assert doctest.testmod(looking).failed == 0

@@ -4,7 +4,6 @@ pytest tests/test_page.py
 """
 
 import base64
-import doctest
 import io
 import math
 import re
@@ -227,7 +226,3 @@ def test_in_a_browser_a_word_lays_its_map_over_its_picture(tmp_path):
     cells = [int(value) for value in found[1].split(",")]
     assert cells[3::4] == [191, 102, 102, 0]  # strengths: dark, warm, warm, clear
     assert (found[2], found[3]) == ("1", "0")
-
-
-def test_the_examples_in_the_docstrings_hold():
-    assert doctest.testmod(page).failed == 0

@@ -3,7 +3,6 @@
 pytest tests/test_plot.py
 """
 
-import doctest
 import json
 import time
 from pathlib import Path
@@ -165,10 +164,6 @@ def test_a_running_mean_is_the_mean_of_its_finite_neighbours():
     y = np.array([1.0, 2.0, 6.0, np.nan, 4.0])
     assert np.array_equal(plot.running_mean(y, 3), [1.5, 3, 4, np.nan, 4], equal_nan=True)
     assert np.array_equal(plot.running_mean(y, 1), y, equal_nan=True)
-
-
-def test_the_examples_are_true():
-    assert doctest.testmod(plot).failed == 0
 
 
 def test_a_long_log_takes_seconds_and_loses_no_evaluation(tmp_path):

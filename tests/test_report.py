@@ -3,7 +3,6 @@
 pytest tests/test_report.py
 """
 
-import doctest
 
 import numpy as np
 import pytest
@@ -69,7 +68,3 @@ def test_a_page_replaces_nothing_but_a_page(run, tmp_path, cli):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     code, _, err = cli(report, run, "--out", tmp_path / "mine")
     assert code == 2 and "holds something else" in err
-
-
-def test_examples_in_docstrings_hold():
-    assert doctest.testmod(report).failed == 0

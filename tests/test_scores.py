@@ -3,7 +3,6 @@
 pytest tests/test_scores.py
 """
 
-import doctest
 from itertools import product
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import scores
 from scores import (
     FORMS,
     bootstrap,
@@ -42,11 +40,6 @@ CORNERS = st.tuples(*[st.integers(0, 12)] * 4).map(
 def cells(box: tuple) -> set:
     """The unit squares that a box with whole corners covers."""
     return set(product(range(box[0], box[2]), range(box[1], box[3])))
-
-
-def test_the_worked_examples_hold():
-    done = doctest.testmod(scores)
-    assert done.failed == 0 and done.attempted == 11
 
 
 @pytest.mark.parametrize("answer, same", [

@@ -36,16 +36,6 @@ def keys(samples, n: int | None = None) -> list[str]:
 # ----------------------------------------------------------------------------- names of data sets
 
 
-def test_the_worked_examples_are_true():
-    import doctest
-
-    import formats
-    import order
-    import records
-    for module in (formats, order, records, sources):
-        assert not doctest.testmod(module).failed
-
-
 @pytest.mark.parametrize("text, spec", [
     ("photos", Spec("photos")), ("a/{0..3}.tar", Spec("a/{0..3}.tar")),
     ("a.json@b/c", Spec("a.json", pictures="b/c")), ("a.tar*0.25", Spec("a.tar", share="0.25")),

@@ -1,9 +1,11 @@
-"""Laws of the house: what may import what, and how long a file may be.
+"""Who may import what, how long a file may be, and that the worked examples are true.
 
 pytest tests/test_structure.py
 """
 
 import ast
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -15,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])
 CORE = ("model.py", "vision.py", "data.py", "train.py", "sample.py")
 
-# Who may import what of ours: arrows run one way. Nothing imports train, sample or bench.
+# Who imports what of ours: arrows run one way. Nothing imports train, sample or bench.
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "vision": {"kernels"},
@@ -103,10 +105,13 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_file_imports_only_what_its_place_allows(path):
+def test_a_file_imports_what_its_place_allows_and_nothing_else(path):
     place = "kernels" if path.parent.name == "kernels" else path.stem
     names = imported(path)
-    assert names & OURS <= MAY_IMPORT[place], sorted(names & OURS - MAY_IMPORT[place])
+    if place == "kernels":
+        assert names & OURS <= {"kernels"}
+    else:
+        assert names & OURS == MAY_IMPORT[place], sorted(names & OURS ^ MAY_IMPORT[place])
     others = names - OURS - set(sys.stdlib_module_names)
     allowed = THIRD_PARTY | (PEERS if re.match("bench(_|$)", place) else OPTIONAL)
     assert others <= allowed, sorted(others - allowed)
@@ -139,3 +144,11 @@ def test_importing_a_file_prints_and_changes_nothing(tmp_path):
                           text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_worked_examples_hold(path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # one of them reads assets/tiny
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    done = doctest.testmod(importlib.import_module(name))
+    assert done.failed == 0 and (done.attempted > 0) == (">>> " in path.read_text())

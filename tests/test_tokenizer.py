@@ -3,7 +3,6 @@
 pytest tests/test_tokenizer.py
 """
 
-import doctest
 import json
 import os
 import pickle
@@ -185,14 +184,6 @@ def test_an_unknown_character_is_shown_as_such(tmp_path):
 
 
 # ----------------------------------------------------------------------------- files and processes
-
-
-def test_the_worked_example_holds(tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "assets" / "tiny").mkdir(parents=True)
-    tokenizer.save(tmp_path / "assets" / "tiny" / "tokenizer.model")
-    monkeypatch.chdir(tmp_path)
-    done = doctest.testmod(tokenizer_module)
-    assert done.failed == 0 and done.attempted == 2
 
 
 @settings(deadline=None, max_examples=20)
