@@ -18,6 +18,7 @@ from beams import beam_search
 from benchmarks import Picture, Question
 from data import Batch, Encoded, collate, collate_options, encode, pixels
 from documents import Document
+from files import atomic_write
 from generate import generate
 from model import ModelConfig, VisionLanguageModel
 from ranks import Ranks, wait_for_all
@@ -116,9 +117,7 @@ def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Qu
             what: str = "", n_beams: int = 1) -> None:
     """Answer what has no answer in `path` yet, and append to it; each rank has a part of its own
     until all of them are done."""
-    known = read_answers(path) if path.is_file() else {}
-    for part in parts_of(path):
-        known |= read_answers(part, whole=False)
+    known = known_answers(path)
     for question in questions:
         before = known.get(question.id, {}).get("asked")
         if before not in (None, asked_of(question)):
@@ -163,24 +162,28 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def drop_half_a_line(path: Path) -> None:
-    """That a killed run has left at the end."""
+    """Remove an incomplete last line, left by a killed run."""
     if path.is_file():
         content = path.read_bytes()
         if content and not content.endswith(b"\n"):
             path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
-def merge(path: Path, questions: list[Question]) -> None:
-    """All parts into one file, in the order of the questions; what is there already stays."""
+def known_answers(path: Path) -> dict[str, dict]:
+    """The answers in this file, and those in the ranks' parts of it."""
     known = read_answers(path) if path.is_file() else {}
     for part in parts_of(path):
         known |= read_answers(part, whole=False)
+    return known
+
+
+def merge(path: Path, questions: list[Question]) -> None:
+    """All parts into one file, in the order of the questions; what is there already stays."""
+    known = known_answers(path)
     order = {question.id: i for i, question in enumerate(questions)}
-    whole = path.with_name(path.name + ".whole")
-    with open(whole, "w", encoding="utf-8") as file:
+    with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
         for name in sorted(known, key=lambda name: order.get(name, len(order))):
             file.write(json.dumps({"id": name, **known[name]}) + "\n")
-    whole.replace(path)
     for part in parts_of(path):
         part.unlink()
 

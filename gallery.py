@@ -9,7 +9,7 @@ that space, and the nearest one is the answer:
     User: Show me a red cat. Assistant: <ret>  -->  state at <ret>  -->  contrastive.text (E,)
 
 A feature depends on a picture's file and on the weights that look at pictures, nothing else. So it
-is computed once and then kept in the user's cache folder (records.cache_folder: somebody's photos
+is computed once and then kept in the user's cache folder (files.cache_folder: somebody's photos
 are no place to write into), in a file for each folder and model:
 
     seal      32 bytes: a hash of what follows, and of what it is about
@@ -39,9 +39,9 @@ from tqdm import tqdm
 from augment import Picture
 from data import Encoded, collate, collate_options, encode, pixels
 from documents import Document, Ret
+from files import atomic_write, cache_folder
 from formats import IMAGE_SUFFIXES
 from model import VisionLanguageModel
-from records import cache_folder, whole
 from tokenizer import Tokenizer
 from vision import PictureError
 
@@ -241,7 +241,7 @@ def write_kept(path: Path, about: bytes, known: dict[Listed, np.ndarray]) -> Non
     body = json.dumps([*known]).encode() + b"\n" + rows.tobytes()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part:
+        with atomic_write(path) as part:
             part.write_bytes(seal(about, body) + body)
     except OSError as error:
         sys.stderr.write(f"{path}: the gallery's features cannot be kept, and will be computed "

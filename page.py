@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from boxes import Frame
-from records import whole
+from files import atomic_write
 from vision import PictureError, open_image
 
 LARGEST = 512  # longer side of a picture in the page, in pixels
@@ -249,7 +249,7 @@ def write(path: str | Path, turns: list[Turn], title: str = "A conversation") ->
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
     try:
-        with whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text(page(turns, title), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None

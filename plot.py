@@ -7,12 +7,13 @@ A step's values are a thin line with their running mean over it, an evaluation's
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from files import atomic_write
 
 STEP_FIELDS = ("loss", "contrastive", "contrastive_right", "grad_norm", "lr", "samples_per_s",
                "data_wait", "mfu", "memory_gb")
@@ -53,9 +54,10 @@ def plot(run: Path) -> Path:
     pen.text((14, 12), title, INK, ImageFont.load_default(17))
     for i, panel in enumerate(panels):
         page.paste(draw(panel, log), (i % COLUMNS * WIDTH, HEADER + i // COLUMNS * HEIGHT))
-    unfinished = run / f"curves.png.{os.getpid()}.part"
-    page.save(unfinished, "PNG")
-    return unfinished.replace(run / "curves.png")
+    path = run / "curves.png"
+    with atomic_write(path) as part:
+        page.save(part, "PNG")
+    return path
 
 
 def panels_of(log: Log) -> list[Panel]:

@@ -20,24 +20,23 @@ layout among others; https://github.com/webdataset/webdataset.
 
 import hashlib
 import json
-import math
 import mmap
 import os
-import platform
 import re
 import struct
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import product
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
+
+from files import atomic_write, cache_folder, encodable
 
 HELD_OUT = 1000  # one record of so many is never trained on
 BLOCK = 512  # bytes; a tar consists of them
@@ -45,7 +44,6 @@ ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("hash", "<u4")])
 HEADER = struct.Struct("<8sQQIQQQI8x")  # magic, size, time, about, rows of each part, cut off
 MAGIC = b"records1"
 OPEN_FILES = 256  # kept open, of each kind
-MAX_NAMES = 10_000_000  # that a pattern may stand for
 MAX_LENGTH = 2**32 - 1  # bytes of a record
 KEY_ROOM = 4096  # bytes in which an entry's key and what parts it from the entry have to fit
 
@@ -64,50 +62,6 @@ class BadRecord(ValueError):
 def hash_of(key: str) -> int:
     """A key -> 32 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(encodable(key).encode(), digest_size=4).digest())
-
-
-def encodable(text: str) -> str:
-    """Text that UTF-8 can hold: half a character, as texts cut by length have, becomes U+FFFD."""
-    return re.sub(r"[\ud800-\udfff]", "\ufffd", text)
-
-
-# ------------------------------------------------------------------------------- names of files
-
-
-def expand(pattern: str) -> list[str]:
-    """Braces around a list or numbers, and `::` -> names, in webdataset's order.
-
-    Braces in braces and ranges of letters are not expanded. ValueError above MAX_NAMES names.
-
-    >>> expand("a/{00..02}.tar::b.tar")
-    ['a/00.tar', 'a/01.tar', 'a/02.tar', 'b.tar']
-    >>> expand("{x,y}{9..11..2}")
-    ['x9', 'x11', 'y9', 'y11']
-    """
-    return [name for part in pattern.split("::") for name in expand_braces(part)]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    parts = re.split(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)  # text, braces, text ...
-    choices = [[part] if i % 2 == 0 else alternatives(part) for i, part in enumerate(parts)]
-    if math.prod(map(len, choices)) > MAX_NAMES:
-        raise ValueError(f"{pattern}: stands for more than {MAX_NAMES:,} names")
-    return ["".join(chosen) for chosen in product(*choices)]
-
-
-def alternatives(inside: str) -> list[str]:
-    """What stands between braces -> what it stands for."""
-    number = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?", inside)
-    if not number:
-        return inside.split(",") if "," in inside else ["{" + inside + "}"]
-    first, last, step = number.groups()
-    padded = [end for end in (first, last) if re.match(r"-?0\d", end)]
-    width = max(map(len, (first, last))) if padded else 0
-    low, high, by = int(first), int(last), abs(int(step or 1)) or 1
-    if abs(high - low) // by >= MAX_NAMES:
-        raise ValueError(f"{{{inside}}}: stands for more than {MAX_NAMES:,} names")
-    values = range(low, high + 1, by) if low <= high else range(low, high - 1, -by)
-    return [f"{value:0{width}d}" for value in values]
 
 
 # ----------------------------------------------------------------------------------------- tars
@@ -412,12 +366,6 @@ def index_path(path: str, where: str, about: int = 0) -> str:
     return os.path.join(cache_folder(), f"{hashed}.idx")
 
 
-def cache_folder() -> str:
-    """Of this user: for what can be made anew, and has no place beside the data."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "nanovilla")
-
-
 def read_header(path: str, where: str, about: int) -> tuple[tuple[int, ...], bool] | None:
     """(numbers of rows, whether the file is cut off); None: there is no index, or an old one."""
     return header_in(index_path(path, where, about), path, about)
@@ -437,24 +385,6 @@ def header_in(index: str, path: str, about: int) -> tuple[tuple[int, ...], bool]
 def identity(path: str, about: int) -> tuple[int, int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, about
-
-
-@contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
-    """A file to write beside this one, which it replaces at the end; of one that was not written to
-    its end nothing is left."""
-    part = Path(unfinished(str(path)))
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        with suppress(OSError):  # nor can be, where it could not be made
-            part.unlink(missing_ok=True)
-
-
-def unfinished(path: str) -> str:
-    """The name of a file while this process writes it: no other's, on no machine."""
-    return f"{path}.{platform.node()}.{os.getpid()}.part"
 
 
 def write_index(path: str, where: str, usable: Callable | None, about: int) -> None:
@@ -485,7 +415,7 @@ def write_index(path: str, where: str, usable: Callable | None, about: int) -> N
     target = index_path(path, where, about)
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        with whole(target) as part:
+        with atomic_write(target) as part:
             part.write_bytes(header + rows.tobytes())
     except OSError as error:
         raise ValueError(f"{target}: the index cannot be written: {error.strerror}; set "

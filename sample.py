@@ -38,9 +38,9 @@ from chat import (
     words_with_maps,
 )
 from cli import Parser, disk_errors, input_errors, one_line, pick_device, printable, run_main
+from files import atomic_write
 from gallery import open_gallery
 from looking import block_names, draw_boxes, seen_part, strip, words_of
-from records import whole
 from vision import PictureError, open_image, to_rgb
 from weights import BUILT_IN, DTYPES, load_model
 
@@ -350,7 +350,7 @@ def write_files(args: argparse.Namespace, conversation: Conversation, turn: Turn
 
 def save_picture(picture: PIL.Image.Image, path: str) -> None:
     """Whole or not at all."""
-    with disk_errors(Path(path)), whole(path) as part:
+    with disk_errors(Path(path)), atomic_write(path) as part:
         picture.save(part, writable_format(path))
 
 

@@ -30,19 +30,10 @@ import numpy as np
 from tqdm import tqdm
 
 from documents import Document, Ret, caption_documents, chat_document
+from files import atomic_write, encodable, expand
 from formats import FORMATS, Reading, find_pairs, format_of, parse, there
 from order import Order, Shares, rng_of
-from records import (
-    HELD_OUT,
-    BadRecord,
-    Records,
-    encodable,
-    expand,
-    hash_of,
-    key_of,
-    read_sample,
-    whole,
-)
+from records import HELD_OUT, BadRecord, Records, hash_of, key_of, read_sample
 
 MAX_DIGITS = 30  # of a share
 
@@ -248,7 +239,7 @@ def rewritten(path: str) -> str:
         raise ValueError(f"{path}: reading .parquet needs pyarrow; pip install pyarrow") from None
     try:
         file = ParquetFile(path)
-        with whole(target) as part, open(part, "w", encoding="utf-8") as lines:
+        with atomic_write(target) as part, open(part, "w", encoding="utf-8") as lines:
             for rows in tqdm(file.iter_batches(1000), f"rewriting {path}", unit=" k rows"):
                 lines.writelines(json.dumps(row) + "\n" for row in rows.to_pylist())
     except (ArrowException, OSError, TypeError) as error:
