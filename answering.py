@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from augment import Picture as Ready
+from augment import Picture
 from beams import beam_search
-from benchmarks import Picture, Question
+from benchmarks import PictureFile, Question
 from data import Batch, Encoded, collate, collate_options, encode, pixels
 from documents import Document
 from files import atomic_write
@@ -108,7 +108,7 @@ def readable(document: Document, tokenizer: Tokenizer, config: ModelConfig) -> E
                          f"{c.max_seq_len}: shorten it")
     rows = {id(image): image for image in encoded.images}  # one that is shown twice is read once
     for name, image in rows.items():
-        rows[name] = Ready(pixels(image, v.image_size, v.resize, v.rgb))
+        rows[name] = Picture(pixels(image, v.image_size, v.resize, v.rgb))
     return Encoded(encoded.ids, encoded.learn, [rows[id(image)] for image in encoded.images], [])
 
 
@@ -152,7 +152,7 @@ def not_asked(why: str) -> None:
 
 def asked_of(question: Question) -> int:
     """A number for what is asked, by its words and pictures."""
-    names = [str(p.names) if isinstance(p, Picture) else zlib.crc32(bytes(p))
+    names = [str(p.names) if isinstance(p, PictureFile) else zlib.crc32(bytes(p))
              for p in question.pictures]
     return zlib.crc32(json.dumps([question.text, names]).encode())
 
@@ -211,3 +211,27 @@ def read_answers(path: Path, whole: bool = True) -> dict[str, dict]:
             raise ValueError(f"{path}: line {number}: a second answer to {name}")
         known[name] = entry
     return known
+
+
+def open_run_folder(out: Path, about: dict) -> None:
+    """Make the folder, or go on in it if it is about the same. ValueError if it is about another
+    run, whose answers would mix with ours."""
+    settings = out / "settings.json"
+    if settings.is_file():
+        try:
+            before = json.loads(settings.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{settings}: damaged; choose another --out") from None
+        differing = [f"{name} was {before.get(name)!r}, is {value!r}"
+                     for name, value in about.items() if before.get(name) != value]
+        if differing:
+            raise ValueError(f"--out {out}: has answers of another run ({'; '.join(differing)}); "
+                             f"choose another folder")
+        return
+    if out.is_dir() and any(out.glob("answers*.jsonl")):
+        raise ValueError(f"--out {out}: has answers, but no settings.json; choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written: {error.strerror}") from None

@@ -1,11 +1,12 @@
 """Benchmarks: published files on disk -> questions, each with its picture and what is right.
 
-One short section a benchmark says which files DIR must hold, what is asked and in which words; what
-an answer is worth stands in scores.py and captions.py, and eval.py lets a model answer. BENCHMARKS
-at the end is the table of all.
+A section for each benchmark: the files that DIR must hold, the questions, their words. What an
+answer is worth is in scores.py (yes or no, boxes), vqa.py (letters, short answers) and captions.py
+(sentences); what adapts those to our answers is at the end, and BENCHMARKS is the table of all.
+eval.py lets a model answer.
 
-A prompt is the one that instruction-tuned models of the LLaVA family are asked with. With
-`few-shot` (eval.py --shots) a question goes by its bare words instead, as OpenFlamingo asks.
+A prompt is the one that instruction-tuned models of the LLaVA family are asked with. With --shots a
+question goes by its `bare` words instead, as OpenFlamingo asks (fewshot.py).
 """
 
 import json
@@ -27,9 +28,9 @@ from formats import (
     IMAGE_SUFFIXES,
     LETTER,
     ONE_WORD,
-    Reading,
     coco_2017,
     gqa_picture,
+    picture_path,
     textvqa_picture,
     vqa_picture,
 )
@@ -41,21 +42,16 @@ PLACE = "\ufffc"  # Unicode's mark for an object that is no text
 
 @dataclass(frozen=True)
 class Question:
-    """`text` asks about `pictures` (or their bytes), which stand where it has PLACE, else in front.
-    `row` is what the scorer needs, named as published. `form`: what kind of answer is asked
-    for, one of scores.FORMS or "" (sentences). `bare`: the question alone, and a person's answer to
-    it, for prompts with examples. `right`: what a reader of mistakes is shown, if not that."""
-
     id: str
-    text: str
-    pictures: tuple
-    row: dict
-    form: str = ""
-    bare: tuple[str, str] = ("", "")
-    right: str = ""
+    text: str  # PLACE in it is where a picture stands; without one, they stand in front
+    pictures: tuple  # PictureFiles, the bytes of files, or pixels
+    row: dict  # what the scorer needs, named as published
+    form: str = ""  # the kind of answer asked for, one of scores.FORMS; "": sentences
+    bare: tuple[str, str] = ("", "")  # for prompts with examples: the question alone, its answer
+    right: str = ""  # the right answer, for a reader of mistakes, if it is not bare[1]
 
 
-# ------------------------------------------------------------------------------- reading files
+# ------------------------------------------------------------------------------------ reading files
 
 
 def load(folder: Path, *names: str, source: str) -> object:
@@ -65,14 +61,14 @@ def load(folder: Path, *names: str, source: str) -> object:
     if path is None:
         raise ValueError(f"{folder}: has no {' or '.join(names)}; it comes from {source}")
     try:
-        return json.loads(words_of(path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.pos:  # one object a line
             return [*lines(path)]
         raise ValueError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
 
 
-def words_of(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -81,7 +77,7 @@ def words_of(path: Path) -> str:
 
 def lines(path: Path) -> Iterator[dict]:
     """One object a line. ValueError names the line that is none."""
-    for number, line in enumerate(words_of(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 entry = json.loads(line)
@@ -93,14 +89,14 @@ def lines(path: Path) -> Iterator[dict]:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PictureFile:
     """A picture below a folder, under one of some names; looked for when it is to be shown."""
 
     folder: Path
     names: tuple[str, ...]
 
     def path(self) -> str:
-        """The same, or "" if there is none."""
+        """The path of the first one that is there, or "" if none is."""
         try:
             return self.find()
         except ValueError:
@@ -109,31 +105,44 @@ class Picture:
     def find(self) -> str:
         """The path of the first one that is there. ValueError if none is."""
         try:
-            return Reading(Random(0), pictures=str(self.folder)).picture(*self.names)
+            return picture_path(str(self.folder), *self.names)
         except BadRecord as error:
             raise ValueError(f"{self.folder}: {error}") from None
 
 
-def picture(folder: Path, *names: str) -> Picture:
-    return Picture(folder, names)
+def reference_of(picture: PictureFile | bytes | np.ndarray) -> object:
+    """A question's picture as documents.Image takes it. ValueError if it is not there."""
+    return picture.find() if isinstance(picture, PictureFile) else picture
 
 
-def with_suffix(folder: Path, *stems: str) -> Picture:
-    return picture(folder, *(stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES))
+def check_pictures(questions: list[Question]) -> None:
+    """ValueError that counts the questions whose pictures are not there, and names the first."""
+    missing = []
+    for question in questions:
+        try:
+            list(map(reference_of, question.pictures))
+        except ValueError as error:
+            missing.append(str(error))
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(questions)} questions miss their picture, the "
+                         f"first: {missing[0]}")
+
+
+def with_suffix(folder: Path, *stems: str) -> PictureFile:
+    return PictureFile(folder, tuple(stem + suffix for stem in stems
+                                     for suffix in IMAGE_SUFFIXES))
 
 
 def options(choices: list[str], mark: str = "{}. ") -> str:
     return "\n".join(mark.format(chr(65 + i)) + choice for i, choice in enumerate(choices))
 
 
-# ---------------------------------------------------------------------------------- MME (B1)
+# ---------------------------------------------------------------------------------------------- MME
 
-MME_SUBTASKS = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
-                "landmark", "artwork", "OCR", "commonsense_reasoning", "numerical_calculation",
-                "text_translation", "code_reasoning")
+MME_SUBTASKS = sum(scores.MME_PARTS.values(), ())
 
 
-def read_mme(folder: Path, split: str) -> Iterator[Question]:
+def mme_questions(folder: Path, split: str) -> Iterator[Question]:
     found = [name for name in MME_SUBTASKS if (folder / name).is_dir()]
     if not found:
         raise ValueError(f"{folder}: has none of MME's folders ({', '.join(MME_SUBTASKS)})")
@@ -144,7 +153,7 @@ def read_mme(folder: Path, split: str) -> Iterator[Question]:
             if path.stem.lower() == "readme":
                 continue
             shown = with_suffix(place, path.stem, f"images/{path.stem}")
-            asked = [line.split("\t") for line in words_of(path).split("\n") if line.strip()]
+            asked = [line.split("\t") for line in read_text(path).split("\n") if line.strip()]
             if len(asked) != 2 or any(len(fields) != 2 for fields in asked):
                 raise ValueError(f"{path}: must have two lines, each a question, a tab and Yes or "
                                  f"No")
@@ -155,10 +164,10 @@ def read_mme(folder: Path, split: str) -> Iterator[Question]:
                                row, "yes/no", (bare, answer.strip().lower()))
 
 
-# --------------------------------------------------------------------------------- MMMU (B2)
+# --------------------------------------------------------------------------------------------- MMMU
 
 
-def read_mmmu(folder: Path, split: str) -> Iterator[Question]:
+def mmmu_questions(folder: Path, split: str) -> Iterator[Question]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -188,10 +197,10 @@ def read_mmmu(folder: Path, split: str) -> Iterator[Question]:
                            "letter" if several else "word", right=row["answer"])
 
 
-# ---------------------------------------------------------------------------- ScienceQA (B3)
+# ---------------------------------------------------------------------------------------- ScienceQA
 
 
-def read_scienceqa(folder: Path, split: str) -> Iterator[Question]:
+def scienceqa_questions(folder: Path, split: str) -> Iterator[Question]:
     source = "github.com/lupantech/ScienceQA, data/scienceqa"
     for number, problem in load(folder, "problems.json", source=source).items():
         if problem["split"] != split:
@@ -199,25 +208,25 @@ def read_scienceqa(folder: Path, split: str) -> Iterator[Question]:
         if problem["answer"] not in range(len(problem["choices"])):
             raise ValueError(f"{folder}: problem {number} has no choice {problem['answer']!r}")
         name = f"{split}/{number}/{problem['image']}"
-        shown = (picture(folder, name, f"images/{name}"),) if problem["image"] else ()
+        shown = (PictureFile(folder, (name, f"images/{name}")),) if problem["image"] else ()
         hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         text = f"{hint}{problem['question']}\n{options(problem['choices'])}\n{LETTER}"
         yield Question(number, text, shown, problem, "letter",
                        right=vqa.LETTERS[problem["answer"]])
 
 
-# --------------------------------------------------------------------------------- POPE (B4)
+# --------------------------------------------------------------------------------------------- POPE
 
 POPE_SETS = ("random", "popular", "adversarial")
 
 
-def read_pope(folder: Path, split: str) -> Iterator[Question]:
+def pope_questions(folder: Path, split: str) -> Iterator[Question]:
     for name in POPE_SETS:
         entries = load(folder, f"coco_pope_{name}.json", source="github.com/RUCAIBox/POPE, "
                        "output/coco; its pictures are COCO's val2014")
         for entry in [entries] if isinstance(entries, dict) else entries:
-            shown, label = picture(folder, entry["image"], f"val2014/{entry['image']}"), entry[
-                "label"].lower()
+            shown = PictureFile(folder, (entry["image"], f"val2014/{entry['image']}"))
+            label = entry["label"].lower()
             if label not in ("yes", "no"):
                 raise ValueError(f"{folder}: the label of question {entry['question_id']} in "
                                  f"{name} is {label!r}, not yes or no")
@@ -226,17 +235,17 @@ def read_pope(folder: Path, split: str) -> Iterator[Question]:
                            (entry["text"], label))
 
 
-# -------------------------------------------------------------------------------- CHAIR (B5)
+# -------------------------------------------------------------------------------------------- CHAIR
 
 CHAIR_PICTURES = 500
 
 
-def read_chair(folder: Path, split: str) -> Iterator[Question]:
+def chair_questions(folder: Path, split: str) -> Iterator[Question]:
     """A random 500 of the pictures. The list of synonyms has no licence: it is the user's file."""
     if not (folder / "synonyms.txt").is_file():
         raise ValueError(f"{folder}: has no synonyms.txt; it comes from "
                          f"github.com/LisaAnne/Hallucination, data")
-    synonyms = words_of(folder / "synonyms.txt")
+    synonyms = read_text(folder / "synonyms.txt")
     if not read_synonyms(synonyms).words:
         raise ValueError(f"{folder / 'synonyms.txt'}: has no words")
     source = "cocodataset.org, annotations of 2014"
@@ -253,15 +262,15 @@ def read_chair(folder: Path, split: str) -> Iterator[Question]:
     chosen = Random(0).sample(sorted(files), min(CHAIR_PICTURES, len(files)))
     for number in sorted(chosen):
         yield Question(str(number), "Please describe this image in detail.",
-                       (picture(folder, files[number], f"{split}/{files[number]}"),),
+                       (PictureFile(folder, (files[number], f"{split}/{files[number]}")),),
                        {"categories": shown[number], "references": said[number],
                         "synonyms": synonyms})
 
 
-# --------------------------------------------------- VQAv2, OK-VQA, TextVQA, GQA, A-OKVQA (B6)
+# ------------------------------------------------------------- VQAv2, OK-VQA, TextVQA, GQA, A-OKVQA
 
 
-def read_vqa(folder: Path, split: str, prefix: str = "v2_", source: str = "visualqa.org"
+def vqa_questions(folder: Path, split: str, prefix: str = "v2_", source: str = "visualqa.org"
              ) -> Iterator[Question]:
     file = f"{prefix}OpenEnded_mscoco_{split}_questions.json"
     entries = load(folder, file, source=source)["questions"]
@@ -271,67 +280,67 @@ def read_vqa(folder: Path, split: str, prefix: str = "v2_", source: str = "visua
         note = noted.get(entry["question_id"])
         if note is None:
             raise ValueError(f"{folder / file}: question {entry['question_id']} has no annotation")
-        yield vqa_question(folder, entry["question"], vqa_picture(entry, file),
+        yield short_answer_question(folder, entry["question"], vqa_picture(entry, file),
                            str(entry["question_id"]), note["answers"],
                            {name: note[name] for name in ("question_type", "answer_type")
                             if name in note})
 
 
-def vqa_question(folder: Path, question: str, names: list[str], number: str, answers: list,
+def short_answer_question(folder: Path, question: str, names: list[str], number: str, answers: list,
                  row: dict) -> Question:
-    return Question(number, f"{question}\n{ONE_WORD}", (picture(folder, *names),),
-                    {"answers": answers, **row}, "word", (question, said(answers[0])))
+    return Question(number, f"{question}\n{ONE_WORD}", (PictureFile(folder, tuple(names)),),
+                    {"answers": answers, **row}, "word", (question, answer_text(answers[0])))
 
 
-def said(answer: dict | str) -> str:
+def answer_text(answer: dict | str) -> str:
     return answer["answer"] if isinstance(answer, dict) else answer
 
 
-def read_okvqa(folder: Path, split: str) -> Iterator[Question]:
-    return read_vqa(folder, split, "", "okvqa.allenai.org")
+def okvqa_questions(folder: Path, split: str) -> Iterator[Question]:
+    return vqa_questions(folder, split, "", "okvqa.allenai.org")
 
 
-def read_textvqa(folder: Path, split: str) -> Iterator[Question]:
+def textvqa_questions(folder: Path, split: str) -> Iterator[Question]:
     data = load(folder, f"TextVQA_0.5.1_{split}.json", source="textvqa.org")["data"]
     for entry in data:
-        yield vqa_question(folder, entry["question"], textvqa_picture(entry, ""),
+        yield short_answer_question(folder, entry["question"], textvqa_picture(entry, ""),
                            str(entry["question_id"]), entry["answers"], {})
 
 
-def read_gqa(folder: Path, split: str) -> Iterator[Question]:
+def gqa_questions(folder: Path, split: str) -> Iterator[Question]:
     entries = load(folder, f"{split}_questions.json", source="cs.stanford.edu/people/dorarad/gqa")
     for number, entry in entries.items():
         if not entry.get("isBalanced", True):  # such a one does not count
             continue
         yield Question(number, f"{entry['question']}\n{ONE_WORD}",
-                       (picture(folder, *gqa_picture(entry, "")),), entry, "word",
+                       (PictureFile(folder, tuple(gqa_picture(entry, ""))),), entry, "word",
                        (entry["question"], entry["answer"]))
 
 
-def read_aokvqa(folder: Path, split: str, direct: bool = True) -> Iterator[Question]:
+def aokvqa_questions(folder: Path, split: str, direct: bool = True) -> Iterator[Question]:
     """Direct answers, without the questions that do not count there."""
     for entry in load(folder, f"aokvqa_v1p0_{split}.json", source="allenai.org/project/a-okvqa"):
         if direct and entry["difficult_direct_answer"]:
             continue
-        shown = picture(folder, *coco_2017(entry, ""))
+        shown = PictureFile(folder, tuple(coco_2017(entry, "")))
         yield Question(entry["question_id"], f"{entry['question']}\n{ONE_WORD}", (shown,), entry,
                        "word", (entry["question"], entry["direct_answers"][0]))
 
 
-def read_aokvqa_choices(folder: Path, split: str) -> Iterator[Question]:
+def aokvqa_choice_questions(folder: Path, split: str) -> Iterator[Question]:
     """The choices are given by letter; the text of the one that is named counts."""
-    for question in read_aokvqa(folder, split, direct=False):
+    for question in aokvqa_questions(folder, split, direct=False):
         choices, right = question.row["choices"], question.row["correct_choice_idx"]
         yield replace(question, text=f"{question.bare[0]}\n{options(choices)}\n{LETTER}",
                       form="letter", right=f"{vqa.LETTERS[right]}, {choices[right]}")
 
 
-# ------------------------------------------------------------ COCO, Flickr30k, NoCaps (B7)
+# -------------------------------------------------------------------------- COCO, Flickr30k, NoCaps
 
 CAPTION = "Provide a one-sentence caption for the provided image."
 
 
-def read_karpathy(folder: Path, split: str, name: str = "coco") -> Iterator[Question]:
+def karpathy_questions(folder: Path, split: str, name: str = "coco") -> Iterator[Question]:
     data = load(folder, f"dataset_{name}.json", source="Karpathy's caption_datasets.zip")
     for image in data["images"]:
         if image["split"] == split:
@@ -342,11 +351,11 @@ def read_karpathy(folder: Path, split: str, name: str = "coco") -> Iterator[Ques
                 [sentence["raw"] for sentence in image["sentences"]])
 
 
-def read_flickr30k(folder: Path, split: str) -> Iterator[Question]:
-    return read_karpathy(folder, split, "flickr30k")
+def flickr30k_questions(folder: Path, split: str) -> Iterator[Question]:
+    return karpathy_questions(folder, split, "flickr30k")
 
 
-def read_nocaps(folder: Path, split: str) -> Iterator[Question]:
+def nocaps_questions(folder: Path, split: str) -> Iterator[Question]:
     data = load(folder, "nocaps_val_4500_captions.json", source="nocaps.org/download")
     said: dict[int, list[str]] = {}
     for note in data["annotations"]:
@@ -359,15 +368,15 @@ def read_nocaps(folder: Path, split: str) -> Iterator[Question]:
 
 def caption_question(folder: Path, names: list[str], number: str, references: list[str],
                      domain: str = "") -> Question:
-    return Question(number, CAPTION, (picture(folder, *names),),
+    return Question(number, CAPTION, (PictureFile(folder, tuple(names)),),
                     {"references": references, "domain": domain},
                     bare=("", references[0].strip()))
 
 
-# ------------------------------------------------------------------------------ RefCOCO (B8)
+# ------------------------------------------------------------------------------------------ RefCOCO
 
 
-def read_refcoco(folder: Path, split: str) -> Iterator[Question]:
+def refcoco_questions(folder: Path, split: str) -> Iterator[Question]:
     source = "github.com/lichengunc/refer"
     pickled = next(folder.glob("refs*.p"), None)
     if pickled and not (folder / "refs.json").is_file():
@@ -383,7 +392,7 @@ def read_refcoco(folder: Path, split: str) -> Iterator[Question]:
         if ref["split"] == split:
             image = images[ref["image_id"]]
             name = image["file_name"]
-            shown = picture(folder, name, f"train2014/{name}", f"images/{name}")
+            shown = PictureFile(folder, (name, f"train2014/{name}", f"images/{name}"))
             (x, y, w, h), size = boxes[ref["ann_id"]], (image["width"], image["height"])
             row = {"bbox": (x, y, w, h), "size": size}
             for sentence in ref["sentences"]:
@@ -391,10 +400,10 @@ def read_refcoco(folder: Path, split: str) -> Iterator[Question]:
                                (shown,), row, "box", right=pixel_box(x, y, w, h, size))
 
 
-# ------------------------------------------------------------------- scores of whole sentences
+# ------------------------------------------------------------------------ scores of whole sentences
 
 
-def score_captions(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0) -> Result:
+def score_captions(rows: dict, answers: dict, *, clean: bool = False) -> Result:
     """BLEU, ROUGE-L and CIDEr-D x 100 of the pictures that have a caption, as coco-caption scores;
     clean: a missing one is an empty one. Domains (NoCaps) are corpora of their own."""
     parsed = parse_all(rows, answers, lambda row, text: " ".join(text.split()))
@@ -408,11 +417,11 @@ def score_captions(rows: dict, answers: dict, *, clean: bool = False, seed: int 
         part = {key: text for key, text in written.items() if rows[key]["domain"] == domain}
         found[f"CIDEr-D {domain}"] = 100 * caption_scores(references, part)[0]["CIDEr-D"]
     credit = {key: each.get(key, 0.0) / 10 for key in rows}
-    return result(answers, parsed, credit, found, "CIDEr-D", seed=seed,
+    return result(answers, parsed, credit, found, "CIDEr-D",
                   units=[100 * value for value in each.values()], statistic=np.mean)
 
 
-def score_chair(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0) -> Result:
+def score_chair(rows: dict, answers: dict, *, clean: bool = False) -> Result:
     """CHAIRs, CHAIRi and recall in percent of the answers that are there; smaller is better for the
     first two."""
     parsed = parse_all(rows, answers, lambda row, text: text)
@@ -422,30 +431,29 @@ def score_chair(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0
     vocabulary = read_synonyms(next(iter(rows.values()))["synonyms"], clean=clean)
     objects = {key: objects_shown(rows[key]["categories"], rows[key]["references"], vocabulary)
                for key in said}
-    found = chair(said, objects, vocabulary)
+    found, wrong_mentions = chair(said, objects, vocabulary)
     undefined = tuple(name for name, of in (("CHAIRi", "mentions"), ("recall", "objects"))
                       if not found[of])
     shares = {name: 100 * found[name] for name in ("CHAIRs", "CHAIRi", "recall")}
-    wrong = {key: chair({key: text}, objects, vocabulary)["CHAIRs"] for key, text in said.items()}
+    wrong = {key: float(n > 0) for key, n in wrong_mentions.items()}
     credit = {key: 1 - wrong.get(key, 1.0) for key in rows}
-    return result(answers, parsed, credit, shares, "CHAIRs", seed=seed,
+    return result(answers, parsed, credit, shares, "CHAIRs",
                   units=[100 * value for value in wrong.values()], statistic=np.mean,
                   undefined=undefined)
 
 
-def score_vqa(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0,
+def score_vqa_variant(rows: dict, answers: dict, *, clean: bool = False,
               normalise: str = "official", stemmed: bool = False) -> Result:
     stems = vqa.stem_table(rows.values()) if stemmed else None
-    return vqa.score_vqa(rows, answers, normalise="always" if clean else normalise, stems=stems,
-                            seed=seed)
+    return vqa.score_vqa(rows, answers, normalise="always" if clean else normalise, stems=stems)
 
 
-def score_aokvqa(rows: dict, answers: dict, *, clean: bool = False, seed: int = 0,
+def score_aokvqa_variant(rows: dict, answers: dict, *, clean: bool = False,
                  direct: bool = True) -> Result:
     if not direct:  # a letter stands for its choice's text
         answers = {key: named(text, rows[key]["choices"]) if key in rows else text
                    for key, text in answers.items()}
-    return vqa.score_aokvqa(rows, answers, direct=direct, seed=seed)
+    return vqa.score_aokvqa(rows, answers, direct=direct)
 
 
 def named(text: str, choices: list[str]) -> str:
@@ -455,63 +463,73 @@ def named(text: str, choices: list[str]) -> str:
     return choices[vqa.LETTERS.index(letter)] if letter else text.strip()
 
 
-# ------------------------------------------------------------------------------------ all of them
+# -------------------------------------------------------------------------------------- all of them
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """read(folder, split) -> questions; score(rows, answers, clean=, seed=) -> Result.
+    """How a benchmark is read, asked and scored."""
 
-    `ids`: those of its questions. `longest`: of an answer, in tokens, `brief` behind examples, as
-    OpenFlamingo has it. `examples`: the split that --shots draws from. `controls`:
-    whether it is also asked without its pictures. `guesses`: whether the authors' program guesses
-    where it finds no letter. `together`: questions that are scored as one."""
-
-    needs: str  # what the folder must hold
-    read: Callable[[Path, str], Iterator[Question]]
-    score: Callable[..., Result]
-    split: str = ""
-    longest: int = 16
-    examples: str = ""
-    controls: bool = False
-    guesses: bool = False
-    together: int = 1
-    ids: str = "question_id"
-    brief: int = 5
+    files: str  # what the folder must hold
+    read: Callable[[Path, str], Iterator[Question]]  # (folder, split)
+    score: Callable[..., Result]  # (rows, answers, clean=)
+    split: str = ""  # the one that papers quote
+    max_tokens: int = 16  # of an answer
+    examples: str = ""  # the split that --shots draws from
+    has_controls: bool = False  # is also asked with other pictures than its own
+    can_guess: bool = False  # the authors' program guesses where it finds no letter
+    group_size: int = 1  # questions that are scored as one
+    id_format: str = "question_id"  # the ids of its questions
+    few_shot_tokens: int = 5  # of an answer after examples (OpenFlamingo's)
 
 
 VQA_FILES = "mscoco_{split}_annotations.json, OpenEnded_mscoco_{split}_questions.json, {split}/"
 BENCHMARKS = {
-    "mme": Benchmark("a folder for each subtask (existence/, count/, ...) with NAME.txt, NAME.jpg",
-                     read_mme, scores.score_mme, controls=True, together=2,
-                     ids="count/NAME/0, count/NAME/1, ..."),
-    "mmmu": Benchmark("{split}-*.parquet of all subjects, in any folders", read_mmmu,
-                      vqa.score_mmmu, "validation", controls=True, guesses=True, ids="id"),
-    "scienceqa": Benchmark("problems.json, {split}/ID/image.png", read_scienceqa,
-                           vqa.score_scienceqa, "test", controls=True, guesses=True, ids="its key"),
-    "pope": Benchmark("coco_pope_random.json, _popular, _adversarial, val2014/", read_pope,
-                      scores.score_pope, controls=True, ids="random/1, popular/1, ..."),
-    "chair": Benchmark("instances_{split}.json, captions_{split}.json, synonyms.txt, {split}/",
-                       read_chair, score_chair, "val2014", 512, ids="image id"),
-    "vqav2": Benchmark("v2_" + VQA_FILES, read_vqa, score_vqa, "val2014", examples="train2014"),
-    "okvqa": Benchmark(VQA_FILES, read_okvqa, partial(score_vqa, stemmed=True), "val2014",
-                       examples="train2014"),
-    "textvqa": Benchmark("TextVQA_0.5.1_{split}.json, train_images/", read_textvqa,
-                         partial(score_vqa, normalise="evalai"), "val", examples="train",
-                         brief=10),
-    "gqa": Benchmark("{split}_questions.json, images/", read_gqa, vqa.score_gqa,
-                     "testdev_balanced", examples="train_balanced", ids="its key"),
-    "aokvqa": Benchmark("aokvqa_v1p0_{split}.json, val2017/", read_aokvqa, score_aokvqa, "val",
-                        examples="train"),
-    "aokvqa-choices": Benchmark("aokvqa_v1p0_{split}.json, val2017/", read_aokvqa_choices,
-                                partial(score_aokvqa, direct=False), "val", controls=True),
-    "coco": Benchmark("dataset_coco.json (Karpathy's), val2014/", read_karpathy, score_captions,
-                      "test", 64, "train", ids="cocoid", brief=20),
-    "flickr30k": Benchmark("dataset_flickr30k.json (Karpathy's), flickr30k-images/",
-                           read_flickr30k, score_captions, "test", 64, "train",
-                           ids="file name without .jpg", brief=20),
-    "nocaps": Benchmark("nocaps_val_4500_captions.json, images/", read_nocaps, score_captions,
-                        longest=64, ids="image id"),
-    "refcoco": Benchmark("refs.json, instances.json, train2014/ (as well RefCOCO+ and RefCOCOg)",
-                         read_refcoco, scores.score_refcoco, "val", 48, ids="sent_id"),
+    "mme": Benchmark(
+        "a folder for each subtask (existence/, count/, ...) with NAME.txt, NAME.jpg",
+        mme_questions, scores.score_mme, has_controls=True, group_size=2,  # of an image, for acc+
+        id_format="count/NAME/0, count/NAME/1, ..."),
+    "mmmu": Benchmark(
+        "{split}-*.parquet of all subjects, in any folders", mmmu_questions, vqa.score_mmmu,
+        "validation", has_controls=True, can_guess=True, id_format="id"),
+    "scienceqa": Benchmark(
+        "problems.json, {split}/ID/image.png", scienceqa_questions, vqa.score_scienceqa,
+        "test", has_controls=True, can_guess=True, id_format="its key"),
+    "pope": Benchmark(
+        "coco_pope_random.json, _popular, _adversarial, val2014/", pope_questions,
+        scores.score_pope, has_controls=True, id_format="random/1, popular/1, ..."),
+    "chair": Benchmark(
+        "instances_{split}.json, captions_{split}.json, synonyms.txt, {split}/",
+        chair_questions, score_chair, "val2014", 512, id_format="image id"),
+    "vqav2": Benchmark(
+        "v2_" + VQA_FILES, vqa_questions, score_vqa_variant, "val2014", examples="train2014"),
+    "okvqa": Benchmark(
+        VQA_FILES, okvqa_questions, partial(score_vqa_variant, stemmed=True), "val2014",
+        examples="train2014"),
+    "textvqa": Benchmark(
+        "TextVQA_0.5.1_{split}.json, train_images/", textvqa_questions,
+        partial(score_vqa_variant, normalise="evalai"), "val", examples="train",
+        few_shot_tokens=10),
+    "gqa": Benchmark(
+        "{split}_questions.json, images/", gqa_questions, vqa.score_gqa, "testdev_balanced",
+        examples="train_balanced", id_format="its key"),
+    "aokvqa": Benchmark(
+        "aokvqa_v1p0_{split}.json, val2017/", aokvqa_questions, score_aokvqa_variant, "val",
+        examples="train"),
+    "aokvqa-choices": Benchmark(
+        "aokvqa_v1p0_{split}.json, val2017/", aokvqa_choice_questions,
+        partial(score_aokvqa_variant, direct=False), "val", has_controls=True),
+    "coco": Benchmark(
+        "dataset_coco.json (Karpathy's), val2014/", karpathy_questions, score_captions, "test", 64,
+        "train", id_format="cocoid", few_shot_tokens=20),
+    "flickr30k": Benchmark(
+        "dataset_flickr30k.json (Karpathy's), flickr30k-images/", flickr30k_questions,
+        score_captions, "test", 64, "train", id_format="file name without .jpg",
+        few_shot_tokens=20),
+    "nocaps": Benchmark(
+        "nocaps_val_4500_captions.json, images/", nocaps_questions, score_captions, max_tokens=64,
+        id_format="image id"),
+    "refcoco": Benchmark(
+        "refs.json, instances.json, train2014/ (as well RefCOCO+ and RefCOCOg)",
+        refcoco_questions, scores.score_refcoco, "val", 48, id_format="sent_id"),
 }

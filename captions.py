@@ -78,12 +78,6 @@ def tokenize(caption: str) -> Words:
     return words
 
 
-def cut_caption(text: str) -> str:
-    """What OpenFlamingo keeps of a generated caption: up to its end mark or the next "Output",
-    without quotes."""
-    return re.split(r"<\|endofchunk\|>|Output", text)[0].replace('"', "").strip()
-
-
 # --- BLEU, ROUGE-L, CIDEr-D -----------------------------------------------------------------------
 
 SMALL, TINY = 1e-9, 1e-15  # what the BLEU program adds to counts and to matches
@@ -291,8 +285,9 @@ def objects_shown(categories: Iterable[str], references: Iterable[str], vocabula
 
 
 def chair(captions: dict[Image, str], objects: dict[Image, set[str]], vocabulary: Vocabulary
-          ) -> dict[str, float]:
-    """CHAIRs, CHAIRi and recall, 0..1, and how many mentions and objects these are shares of.
+          ) -> tuple[dict[str, float], dict[Image, int]]:
+    """CHAIRs, CHAIRi and recall, 0..1, and how many mentions and objects these are shares of; and
+    how many wrong mentions each caption has.
 
     CHAIRs: captions that mention an object that is not there; CHAIRi: such mentions among all;
     recall: objects that are mentioned among those that are there. A share of nothing, which stops
@@ -301,15 +296,15 @@ def chair(captions: dict[Image, str], objects: dict[Image, set[str]], vocabulary
     unknown = [image for image in captions if image not in objects]
     if unknown:
         raise ValueError(f"no objects known of {len(unknown)} images, first {unknown[0]!r}")
-    n_mentions = n_wrong = n_wrong_captions = n_objects = n_found = 0
+    n_mentions = n_objects = n_found = 0
+    wrong: dict[Image, int] = {}
     for image, caption in captions.items():
         mentioned = mentions(caption, vocabulary)
-        wrong = sum(name not in objects[image] for name in mentioned)
+        wrong[image] = sum(name not in objects[image] for name in mentioned)
         n_mentions += len(mentioned)
-        n_wrong += wrong
-        n_wrong_captions += wrong > 0
         n_objects += len(objects[image])
         n_found += len(objects[image] & set(mentioned))
-    return {"CHAIRs": n_wrong_captions / max(len(captions), 1),
-            "CHAIRi": n_wrong / max(n_mentions, 1), "recall": n_found / max(n_objects, 1),
-            "mentions": n_mentions, "objects": n_objects}
+    return {"CHAIRs": sum(map(bool, wrong.values())) / max(len(captions), 1),
+            "CHAIRi": sum(wrong.values()) / max(n_mentions, 1),
+            "recall": n_found / max(n_objects, 1),
+            "mentions": n_mentions, "objects": n_objects}, wrong

@@ -8,7 +8,9 @@ has from the wording of the questions, not from looking. A third column asks oth
 the new combinations.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +18,11 @@ from tqdm import tqdm
 
 import world
 from answering import answer_all
+from cli import commit
 from data import prompts
 from documents import Document, Ret, chat_document
 from model import VisionLanguageModel
-from scores import is_right
+from scores import bootstrap, is_right
 from tokenizer import Tokenizer
 
 GALLERY = 50  # pictures among which a <ret> has to find the right one
@@ -134,3 +137,30 @@ def table(report: dict[str, dict[str, float]]) -> str:
         cells = " | ".join(f"**{100 * main_accuracy(report[c]):.1f}**" for c in shown)
         lines.append(f"| **mean of the first five** | {cells} |")
     return "\n".join(lines)
+
+
+def write_exam(out: Path, name: str, report: dict, kept: list[Asked]) -> None:
+    """The exam's files, shaped as those of a benchmark; with pictures of the wrong answers only."""
+    main = [float(a.right) for a in kept if a.kind in world.MAIN_KINDS]
+    others = {name: {"score": 100 * main_accuracy(report[name]),
+                     "scores": {kind: 100 * value for kind, value in report[name].items()}}
+              for name in ("blank", "new")}
+    record = {
+        "benchmark": "drawn", "model": name, "commit": commit(), "mode": "official",
+        "prompt": kept[0].question, "main": "mean of the main kinds", "n": len(kept), "missing": 0,
+        "unparsed": 0, "undefined": [], "in_form": None,
+        "score": 100 * main_accuracy(report["test"]),
+        "interval": [100 * side for side in bootstrap(main)],
+        "scores": {kind: 100 * value for kind, value in report["test"].items()},
+        "controls": others}
+    (out / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for i, a in enumerate(kept):
+            shown = [str(out / f"{i}-{k}.png") for k in range(len(a.scenes))] * (not a.right)
+            for path, scene in zip(shown, a.scenes if shown else (), strict=True):
+                world.draw(scene, 120).save(path)
+            file.write(json.dumps({
+                "id": str(i), "question": a.question, "pictures": shown, "wanted": a.gold,
+                "form": "yes/no" if a.kind == "yes/no" else "", "answer": a.answer,
+                "parsed": a.answer.lower().rstrip("."), "logprob": a.logprob,
+                "credit": float(a.right)}) + "\n")

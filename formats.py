@@ -37,20 +37,8 @@ class Reading:
     find: Callable[[str, object], dict | None] = lambda table, key: None  # in the files beside it
 
     def picture(self, *names: str) -> str:
-        """The path of the first of these pictures that is there, below the folder of pictures.
-
-        Raises BadRecord, also for a name or a link that leads out of that folder.
-        """
-        root = os.path.realpath(self.pictures)
-        for name in names:
-            if not isinstance(name, str):
-                raise BadRecord("not as its format", f"{name!r} instead of a picture's name")
-            path = os.path.realpath(os.path.join(root, name))
-            if not path.startswith(os.path.join(root, "")):
-                raise BadRecord("path outside", f"{name} is not below {self.pictures}")
-            if os.path.isfile(path):
-                return path
-        raise BadRecord("missing picture", f"{names[0]} is not in {self.pictures}")
+        """The path of the first of these that is there. Raises BadRecord as picture_path()."""
+        return picture_path(self.pictures, *names)
 
     def one_of(self, caption: str, others: list[str]) -> str:
         """The caption, or one of it and its paraphrases; one of a single word never replaces it.
@@ -61,6 +49,23 @@ class Reading:
             return caption
         chosen = self.rng.choice([caption, *others])
         return chosen if len(chosen.split()) > 1 else caption
+
+
+def picture_path(folder: str, *names: str) -> str:
+    """The path of the first of these pictures that is there, below the folder.
+
+    Raises BadRecord, also for a name or a link that leads out of that folder.
+    """
+    root = os.path.realpath(folder)
+    for name in names:
+        if not isinstance(name, str):
+            raise BadRecord("not as its format", f"{name!r} instead of a picture's name")
+        path = os.path.realpath(os.path.join(root, name))
+        if not path.startswith(os.path.join(root, "")):
+            raise BadRecord("path outside", f"{name} is not below {folder}")
+        if os.path.isfile(path):
+            return path
+    raise BadRecord("missing picture", f"{names[0]} is not in {folder}")
 
 
 def one_line(text: object) -> str:

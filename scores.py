@@ -3,15 +3,15 @@
     >>> is_right("where", "Top left.", "top left"), is_right("what", "a dog", "a cat")
     (True, False)
 
-First what all share, then a section for each benchmark: how an answer is read, how answers are
-scored. Questions with other answers than yes, no and boxes are in vqa.py, captions in captions.py.
-Every score_... function has the same shape:
-
-    score_...(questions, answers) -> Result      {id: row as published}, {id: answer}
+First what all share, then a section for each benchmark whose answers are yes, no or a box: how an
+answer is read, how answers are scored. Letters and short answers are in vqa.py, captions in
+captions.py. Each score_... function takes ({id: row as published}, {id: answer}) and returns a
+Result; clean=, where it is there, reads answers as a person would where the authors' programs do
+not.
 
 A question without an answer is wrong; Result says how many there were. Scores are percent, but for
-MME's points. They are those of the authors' programs, oddities included; `clean=True` reads answers
-as a person would where these programs do not. Say which it was: the numbers are not comparable.
+MME's points. They are those of the authors' programs, oddities included; say which it was, for
+official and clean numbers are not comparable.
 Answers are stripped of blanks at both ends before they come here.
 """
 
@@ -26,44 +26,6 @@ BOX_IOU = 0.5  # a box is right from this overlap on
 
 Id = Hashable
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-
-# --- The drawn world ------------------------------------------------------------------------------
-
-def plain(answer: str) -> str:
-    """An answer as it is compared: lower case, single blanks, no full stop at the end."""
-    return " ".join(answer.lower().split()).rstrip(".")
-
-
-def parse_box(text: str) -> tuple[float, float, float, float] | None:
-    """The first "[x1, y1, x2, y2]" of a text, or None.
-
-    >>> parse_box("It is at [0.1, 0.25, 0.5, 1.000].")
-    (0.1, 0.25, 0.5, 1.0)
-    """
-    number = r"\s*(\d*\.?\d+)\s*"
-    found = re.search(rf"\[{number},{number},{number},{number}\]", text)
-    return tuple(float(x) for x in found.groups()) if found else None
-
-
-def iou(a: tuple, b: tuple) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2).
-
-    >>> iou((0, 0, 1, 1), (0.5, 0, 1.5, 1))
-    0.3333333333333333
-    """
-    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    inside = max(w, 0) * max(h, 0)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inside
-    return inside / union if union > 0 else 0.0
-
-
-def is_right(kind: str, answer: str, gold: str) -> bool:
-    """Whether an answer of the drawn world is right: boxes by their overlap, words by equality."""
-    if kind == "box":
-        box = parse_box(answer)
-        return box is not None and iou(box, parse_box(gold)) >= BOX_IOU
-    return plain(answer) == plain(gold)
 
 
 # --- What the benchmarks share --------------------------------------------------------------------
@@ -171,15 +133,27 @@ def bootstrap(units: Iterable, statistic: Callable[[np.ndarray], float] = np.mea
     return float(low), float(high)
 
 
-def result(answers: dict, parsed: dict, credit: dict, scores: dict, main: str, *, seed: int = 0,
+def result(answers: dict, parsed: dict, credit: dict, scores: dict, main: str, *,
            units: Iterable | None = None, statistic: Callable | None = None,
            undefined: tuple = ()) -> Result:
     """A Result; where nothing else is said, its main score is the mean credit in percent."""
     if statistic is None:
         units, statistic = [100 * value for value in credit.values()], np.mean
     missing = [key for key in credit if key not in answers]
-    interval = bootstrap(units, statistic, seed=seed)
+    interval = bootstrap(units, statistic)
     return Result(scores, main, interval, parsed, credit, missing, undefined)
+
+
+def iou(a: tuple, b: tuple) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2).
+
+    >>> iou((0, 0, 1, 1), (0.5, 0, 1.5, 1))
+    0.3333333333333333
+    """
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inside = max(w, 0) * max(h, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inside
+    return inside / union if union > 0 else 0.0
 
 
 def yes_or_no(answer: str) -> str | None:
@@ -214,36 +188,18 @@ def mme_label(response: str, *, clean: bool = False) -> str | None:
     return next((label for label in ("yes", "no") if label in start), None)
 
 
-def read_mme(subtask: str, lines: Iterable[str]) -> tuple[dict[Id, dict], dict[Id, str]]:
-    """The lines "image TAB question TAB Yes|No TAB response" of a result file -> what is scored.
-
-    Raises ValueError for a line that has not exactly four fields.
-    """
-    questions, answers = {}, {}
-    for number, line in enumerate(lines, 1):
-        fields = line.rstrip("\n").split("\t")
-        if len(fields) != 4:
-            raise ValueError(f"{subtask}.txt:{number}: {len(fields)} fields instead of 4")
-        image, question, answer, answers[subtask, number] = fields
-        questions[subtask, number] = {"subtask": subtask, "image": image, "question": question,
-                                      "answer": answer}
-    return questions, answers
-
-
 def mme_points(rows: np.ndarray) -> float:
     """Rows (subtask, right ones of an image's two) -> the sum over subtasks of acc + acc+."""
     each = [rows[rows[:, 0] == subtask, 1] for subtask in np.unique(rows[:, 0])]
     return float(sum(50 * right.mean() + 100 * (right == 2).mean() for right in each))
 
 
-def score_mme(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool = False,
-              seed: int = 0) -> Result:
+def score_mme(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool = False) -> Result:
     """Points of perception (at most 2000), of cognition (800) and of each subtask (200).
 
     A subtask's points are acc, the percentage of right questions, and acc+, that of images both of
     whose questions are right. Only subtasks that are there add up. Rows: subtask, image, answer
-    (Yes or No). The official program takes successive questions of a subtask for those of one
-    image, clean mode goes by the image. Raises ValueError for an image without two questions, an
+    (Yes or No). Raises ValueError for an image without two questions, an
     unknown subtask and a right answer that is neither yes nor no.
     """
     parsed = parse_all(questions, answers, lambda row, text: mme_label(text, clean=clean))
@@ -256,6 +212,7 @@ def score_mme(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool 
     images: dict[tuple, list[float]] = {}
     seen = Counter()
     for key, row in questions.items():
+        # The official program takes successive questions of a subtask for those of one image.
         place = row["image"] if clean else seen[row["subtask"]] // 2
         seen[row["subtask"]] += 1
         images.setdefault((row["subtask"], place), []).append(credit[key])
@@ -270,10 +227,10 @@ def score_mme(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool 
         scores |= {name: acc + acc_plus, f"{name} acc": acc, f"{name} acc+": acc_plus}
     parts = {part: [name for name in names if name in right] for part, names in MME_PARTS.items()}
     sums = {part: sum(scores[name] for name in names) for part, names in parts.items() if names}
-    main = next(iter(sums))  # perception if there is any
+    main = next(iter(sums))  # perception, or cognition if there is none of that
     rows = [(i, count) for i, name in enumerate(parts[main]) for count in right[name]]
     scores = sums | scores | {"F1 yes": f1([*gold.values()], [*parsed.values()], "yes")}
-    return result(answers, parsed, credit, scores, main, seed=seed, units=rows,
+    return result(answers, parsed, credit, scores, main, units=rows,
                   statistic=mme_points)
 
 
@@ -300,8 +257,7 @@ def pope_scores(rows: np.ndarray) -> dict[str, float]:
             "yes ratio": share(said, len(rows))}
 
 
-def score_pope(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool = False,
-               seed: int = 0) -> Result:
+def score_pope(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool = False) -> Result:
     """Accuracy, precision, recall, F1 of "yes" and the share of yes among the answers.
 
     Rows: label, category (random, popular, adversarial). First the plain mean over the categories,
@@ -322,7 +278,7 @@ def score_pope(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool
     def mean_f1(drawn: np.ndarray) -> float:
         return sum(pope_scores(drawn[drawn[:, 0] == i])["F1"] for i in range(len(each))) / len(each)
 
-    return result(answers, parsed, credit, scores, "F1", seed=seed, units=rows,
+    return result(answers, parsed, credit, scores, "F1", units=rows,
                   statistic=mean_f1, undefined=undefined)
 
 
@@ -334,13 +290,11 @@ ANY_NUMBERS = re.compile(r"[\[(]\s*" + r"(?:\s*,\s*|\s+)".join([r"(-?\d*\.?\d+)"
 QWEN_BOX = re.compile(r"\((\d+),(\d+)\),\((\d+),(\d+)\)")
 
 
-def referred_box(answer: str, size: tuple[int, int], *, clean: bool = False, padded: bool = False
-                 ) -> Box | None:
+def referred_box(answer: str, size: tuple[int, int], *, clean: bool = False) -> Box | None:
     """The first box of an answer in pixels of the picture, whose size is (width, height).
 
     "[x1, y1, x2, y2]" are fractions, Qwen's "(x1,y1),(x2,y2)" thousandths of 999. Clean mode also
     reads round brackets, ".5" and blanks for commas, and takes numbers above 1.5 for pixels.
-    padded: the fractions are of the picture padded to a square.
 
     >>> referred_box("at [0.5, 0, 1, 0.5]", (640, 480))
     (320.0, 0.0, 640.0, 240.0)
@@ -354,29 +308,25 @@ def referred_box(answer: str, size: tuple[int, int], *, clean: bool = False, pad
         return None
     if clean and max(sides) > 1.5:
         return tuple(sides)
-    left, top, unit_x, unit_y = 0, 0, width, height
-    if padded:
-        unit_x = unit_y = max(size)
-        left, top = (unit_x - width) // 2, (unit_y - height) // 2
     x1, y1, x2, y2 = sides
-    return x1 * unit_x - left, y1 * unit_y - top, x2 * unit_x - left, y2 * unit_y - top
+    return x1 * width, y1 * height, x2 * width, y2 * height
 
 
-def score_refcoco(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool = False,
-                  padded: bool = False, seed: int = 0) -> Result:
+def score_refcoco(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool = False
+                  ) -> Result:
     """The share of expressions whose box overlaps the right one with IoU >= 0.5.
 
     Rows, one for each expression: bbox (left, top, width, height), and size of the picture, pixels.
     """
     boxes = parse_all(questions, answers, lambda row, text: referred_box(
-        text, row["size"], clean=clean, padded=padded))
+        text, row["size"], clean=clean))
     credit = {}
     for key, row in questions.items():
         x, y, w, h = row["bbox"]
         overlap = iou(boxes[key], (x, y, x + w, y + h)) if boxes[key] else 0.0
         credit[key] = float(overlap >= BOX_IOU)
     scores = {"IoU >= 0.5": percent(credit.values())}
-    return result(answers, boxes, credit, scores, "IoU >= 0.5", seed=seed)
+    return result(answers, boxes, credit, scores, "IoU >= 0.5")
 
 
 # --- Retrieval, as CLIP's paper does it -----------------------------------------------------------
@@ -402,6 +352,32 @@ def retrieval(similarity: np.ndarray, image_of: list[int]) -> dict[str, float]:
     ahead["image to text"] = ((similarity >= best) & ~mine).sum(1)
     return {f"{way} R@{k}": 100 * float(np.mean(before < k))
             for way, before in ahead.items() for k in (1, 5, 10)}
+
+
+# --- The drawn world ------------------------------------------------------------------------------
+
+def plain(answer: str) -> str:
+    """An answer as it is compared: lower case, single blanks, no full stop at the end."""
+    return " ".join(answer.lower().split()).rstrip(".")
+
+
+def parse_box(text: str) -> tuple[float, float, float, float] | None:
+    """The first "[x1, y1, x2, y2]" of a text, or None.
+
+    >>> parse_box("It is at [0.1, 0.25, 0.5, 1.000].")
+    (0.1, 0.25, 0.5, 1.0)
+    """
+    number = r"\s*(\d*\.?\d+)\s*"
+    found = re.search(rf"\[{number},{number},{number},{number}\]", text)
+    return tuple(float(x) for x in found.groups()) if found else None
+
+
+def is_right(kind: str, answer: str, gold: str) -> bool:
+    """Whether an answer of the drawn world is right: boxes by their overlap, words by equality."""
+    if kind == "box":
+        box = parse_box(answer)
+        return box is not None and iou(box, parse_box(gold)) >= BOX_IOU
+    return plain(answer) == plain(gold)
 
 
 # --- The form of an answer ------------------------------------------------------------------------

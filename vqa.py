@@ -149,7 +149,7 @@ def literal(text: str | list) -> str | list:
 
 
 def score_mmmu(questions: dict[str, dict], answers: dict[str, str], *, clean: bool = False,
-               guess_seed: int | None = None, seed: int = 0) -> Result:
+               guess_seed: int | None = None) -> Result:
     """Accuracy overall, by domain and by subject, weighted by questions; macro F1 of the letters.
 
     Rows: question_type, options, answer; the subject is read from the id. `guess_seed` 42 guesses
@@ -176,7 +176,7 @@ def score_mmmu(questions: dict[str, dict], answers: dict[str, str], *, clean: bo
               **percent_by(credit, lambda key: MMMU_DOMAIN.get(subject[key], "other")),
               **percent_by(credit, lambda key: subject[key]),
               "macro F1": macro_f1([gold for gold, _ in letters], [said for _, said in letters])}
-    return result(answers, parsed, credit, scores, "overall", seed=seed)
+    return result(answers, parsed, credit, scores, "overall")
 
 
 # --- ScienceQA (llava/eval/eval_science_qa.py, tools/evaluate_acc.py) -----------------------------
@@ -201,7 +201,7 @@ def scienceqa_choice(answer: str, n_choices: int, *, clean: bool = False,
 
 
 def score_scienceqa(questions: dict[str, dict], answers: dict[str, str], *, clean: bool = False,
-                    guess_seed: int | None = None, seed: int = 0) -> Result:
+                    guess_seed: int | None = None) -> Result:
     """Accuracy of all and of the nine published groups, which overlap; an empty group has -1.
 
     Rows: those of problems.json. "IMG answered" is LLaVA's: of the answered ones with an image.
@@ -228,7 +228,7 @@ def score_scienceqa(questions: dict[str, dict], answers: dict[str, str], *, clea
               **{name: percent(credit[key] for key in keys) if keys else -1.0
                  for name, keys in members.items()},
               "macro F1": macro_f1([*gold.values()], [*parsed.values()])}
-    return result(answers, parsed, credit, scores, "Avg", seed=seed)
+    return result(answers, parsed, credit, scores, "Avg")
 
 
 # --- VQAv2, OK-VQA, TextVQA (PythonEvaluationTools/vqaEvaluation/vqaEval.py) ----------------------
@@ -266,18 +266,18 @@ def vqa_normal(text: str, *, evalai: bool = False) -> str:
     """
     if evalai:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = one_line(text)
+    text = vqa_one_line(text)
     digits = re.search(r"\d,\d", text)
     bare = text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         beside_blank = f"{mark} " in text or f" {mark}" in text
         bare = bare.replace(mark, "" if beside_blank or digits else " ")
-    bare = re.sub(r"\.(?!\d)", "", bare, count=32)  # a flag in the place of the count
+    bare = re.sub(r"\.(?!\d)", "", bare, count=32)  # the authors pass re.UNICODE as `count`
     words = [DIGIT_OF.get(word, word) for word in bare.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 
 
-def one_line(text: str) -> str:
+def vqa_one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
@@ -295,8 +295,8 @@ def vqa_accuracy(answer: str, humans: list[dict | str], normalise: str = "offici
         raise ValueError(f"unknown normalisation {normalise!r}")
     if not humans or (normalise == "evalai" and len(humans) != 10):
         raise ValueError(f"{len(humans)} human answers instead of 10")
-    texts = [one_line(human if isinstance(human, str) else human["answer"]) for human in humans]
-    answer = one_line(answer)
+    texts = [vqa_one_line(human if isinstance(human, str) else human["answer"]) for human in humans]
+    answer = vqa_one_line(answer)
     if normalise != "official" or len(set(texts)) > 1:
         texts = [vqa_normal(text, evalai=normalise == "evalai") for text in texts]
         answer = vqa_normal(answer, evalai=normalise == "evalai")
@@ -309,7 +309,7 @@ def vqa_accuracy(answer: str, humans: list[dict | str], normalise: str = "offici
 
 
 def score_vqa(questions: dict[Id, dict], answers: dict[Id, str], *, normalise: str = "official",
-              stems: dict[str, str] | None = None, seed: int = 0) -> Result:
+              stems: dict[str, str] | None = None) -> Result:
     """VQA accuracy overall, by answer_type and by question_type where rows have them.
 
     Rows: those of the annotation file, with answers. `stems`: what an answer is replaced by before
@@ -325,7 +325,7 @@ def score_vqa(questions: dict[Id, dict], answers: dict[Id, str], *, normalise: s
         known = {key: value for key, value in credit.items() if kind in questions[key]}
         by_kind = percent_by(known, lambda key, kind=kind: questions[key][kind])
         scores |= {f"{kind} {name}": value for name, value in by_kind.items()}
-    return result(answers, parsed, credit, scores, "overall", seed=seed)
+    return result(answers, parsed, credit, scores, "overall")
 
 
 def stem_table(rows: Iterable[dict]) -> dict[str, str]:
@@ -341,19 +341,9 @@ def stem_table(rows: Iterable[dict]) -> dict[str, str]:
     return {raw: stems.most_common(1)[0][0] for raw, stems in seen.items()}
 
 
-def cut_answer(text: str) -> str:
-    """What OpenFlamingo keeps of an answer: up to its end mark, the next question, or ", ".
-
-    >>> cut_answer("red, white and blue Question: what"), cut_answer("red<|endofchunk|> Who?")
-    ('red', 'red')
-    """
-    return re.split(r"<\|endofchunk\|>|Question|Answer|Short", text)[0].split(", ")[0].strip()
-
-
 # --- GQA (eval.py after llava/scripts/convert_gqa_for_eval.py), A-OKVQA (eval_predictions.py) -----
 
-def score_gqa(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool = False,
-              seed: int = 0) -> Result:
+def score_gqa(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool = False) -> Result:
     """Exact match after lower case and without a final full stop, also by structural type.
 
     Only rows with isBalanced count. Clean mode ignores case and all punctuation, as lmms-eval does.
@@ -370,11 +360,10 @@ def score_gqa(questions: dict[Id, dict], answers: dict[Id, str], *, clean: bool 
     scores = {"accuracy": percent(credit.values()),
               **percent_by(credit, lambda key: "open" if kind[key] == "query" else "binary"),
               **percent_by(credit, lambda key: f"structural {kind[key]}")}
-    return result(answers, parsed, credit, scores, "accuracy", seed=seed)
+    return result(answers, parsed, credit, scores, "accuracy")
 
 
-def score_aokvqa(questions: dict[Id, dict], answers: dict[Id, str], *, direct: bool,
-                 seed: int = 0) -> Result:
+def score_aokvqa(questions: dict[Id, dict], answers: dict[Id, str], *, direct: bool) -> Result:
     """Multiple choice: the exact text of the right choice. Direct: min(1, matches of ten / 3).
 
     Neither normalises anything. Direct leaves out rows with difficult_direct_answer.
@@ -386,4 +375,4 @@ def score_aokvqa(questions: dict[Id, dict], answers: dict[Id, str], *, direct: b
               else float(text == questions[key]["choices"][questions[key]["correct_choice_idx"]])
               for key, text in parsed.items()}
     main = "direct answer" if direct else "multiple choice"
-    return result(answers, parsed, credit, {main: percent(credit.values())}, main, seed=seed)
+    return result(answers, parsed, credit, {main: percent(credit.values())}, main)

@@ -19,7 +19,6 @@ from captions import (
     chair,
     cider_d,
     common_length,
-    cut_caption,
     mentions,
     objects_shown,
     read_synonyms,
@@ -88,10 +87,6 @@ def test_the_tokenizer_itself_agrees():
         {i: [{"caption": caption}] for i, (caption, _) in enumerate(PTB)})
     assert {caption: told[i][0].split() for i, (caption, _) in enumerate(PTB)} == {
         caption: tokenize(caption) for caption, _ in PTB}
-
-
-def test_a_generated_caption_ends_where_the_next_begins():
-    assert cut_caption(' a "red" cat\nOutput: a dog Output:') == "a red cat"
 
 
 # --- BLEU, ROUGE-L, CIDEr-D -----------------------------------------------------------------------
@@ -314,9 +309,9 @@ SEEN = {1: "A man walks two dogs past a bus.",
 
 
 def test_the_worked_example_of_chair():
-    assert chair(SEEN, OBJECTS, OFFICIAL) == pytest.approx(
+    assert chair(SEEN, OBJECTS, OFFICIAL)[0] == pytest.approx(
         {"CHAIRs": 1 / 4, "CHAIRi": 1 / 6, "recall": 1, "mentions": 6, "objects": 5})
-    got = chair(SEEN, OBJECTS, CLEAN)  # the bus in caption 1 no longer goes unnoticed
+    got, _ = chair(SEEN, OBJECTS, CLEAN)  # the bus in caption 1 no longer goes unnoticed
     assert got["CHAIRs"] == 2 / 4 and got["CHAIRi"] == 2 / 8
 
 
@@ -325,13 +320,13 @@ def test_a_plural_in_ves_is_of_f_or_fe():
 
 
 def test_every_mention_counts_repeats_too():
-    got = chair({1: "a cat, a cat and a dog"}, OBJECTS, OFFICIAL)
+    got, _ = chair({1: "a cat, a cat and a dog"}, OBJECTS, OFFICIAL)
     assert got["CHAIRi"] == 2 / 3 and got["CHAIRs"] == 1 and got["recall"] == 1 / 2
 
 
 def test_captions_without_a_mention_have_a_rate_of_zero_and_say_so():
-    assert chair({4: "Nothing but sky."}, OBJECTS, OFFICIAL) == {
-        "CHAIRs": 0, "CHAIRi": 0, "recall": 0, "mentions": 0, "objects": 0}
+    assert chair({4: "Nothing but sky."}, OBJECTS, OFFICIAL) == ({
+        "CHAIRs": 0, "CHAIRi": 0, "recall": 0, "mentions": 0, "objects": 0}, {4: 0})
 
 
 def test_what_a_picture_shows_is_annotated_or_mentioned_in_its_captions():

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -50,7 +49,7 @@ def test_a_benchmark_runs_from_its_published_layout_to_its_scores(name, tmp_path
     low, high = record["interval"]
     assert low <= record["score"] <= high or low == high
     assert [*read_answers(tmp_path / "out" / "answers.jsonl")] == [q.id for q in questions]
-    assert [*record.get("controls", {})] == ["blank", "shuffled"] * BENCHMARKS[name].controls
+    assert [*record.get("controls", {})] == ["blank", "shuffled"] * BENCHMARKS[name].has_controls
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == record
     code, scored, err = cli(eval, name, "--data", tmp_path / "data", "--json",
                             "--score", tmp_path / "out" / "answers.jsonl")
@@ -72,34 +71,11 @@ def test_examples_are_shown_as_openflamingo_does(name, tmp_path, cli):
     assert prompts["0"].endswith("Output:" if name in ("coco", "flickr30k") else "Short answer:")
 
 
-def test_a_prompt_with_examples_is_openflamingos_to_the_letter():
-    def asked(question, answer=""):
-        return Question("1", "", (b"x",), {}, bare=(question, answer))
-
-    examples = [asked("What color?", "red"), asked("How many?", "2")]
-    document = eval.with_examples(asked("Is it day?"), examples, show=False)
-    assert eval.shown(document) == (
-        "Question:What color? Short answer:red<|endofchunk|>\nQuestion:How many? Short answer:2"
-        "<|endofchunk|>\n<image>Question:Is it day? Short answer:")
-    caption = eval.with_examples(asked("", "a cat"), [asked("", "a dog")], show=True)
-    assert eval.shown(caption) == "<image>Output:a dog<|endofchunk|>\n<image>Output:"
-
-
 def test_pictures_stand_where_the_question_says():
     document = asking([b"a", b"b"], f"Who painted {PLACE}, and {PLACE}?", "nanovilla", PLACE)
     assert [s.reference for s in document if isinstance(s, Image)] == [b"a", b"b"]
     words = [s.string for s in document if isinstance(s, Text) and not s.special]
     assert words[:3] == ["User: Who painted ", ", and ", "?"]
-
-
-def test_the_most_similar_pictures_come_last(tmp_path):
-    make("coco", tmp_path)
-    model, _ = eval.load_model(eval.BUILT_IN)
-    pool = [*BENCHMARKS["coco"].read(tmp_path, "train")]
-    examples = eval.Examples(pool, 3, model)
-    for question in pool:  # another one about the same picture
-        assert examples(replace(question, id="x"))[-1] == question
-        assert question not in examples(question)
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, cli):
@@ -196,7 +172,8 @@ def test_missing_pictures_are_counted_before_anything_is_asked(tmp_path, cli):
 def test_other_pictures_are_shown_but_never_the_own_one(n, tmp_path):
     make("pope", tmp_path)
     questions = answers_of("pope", tmp_path)[:n]
-    for question, other in zip(questions, eval.controlled(questions, "shuffled", 60), strict=True):
+    others = eval.with_control(questions, "shuffled", 60)
+    for question, other in zip(questions, others, strict=True):
         assert other.pictures != question.pictures and other.id == question.id
 
 
@@ -330,7 +307,10 @@ def test_each_answer_is_held_to_the_form_of_its_own_question(tmp_path, cli):
 
 IDLE = [("pope", "--rices"), ("pope", "--split", "val"), ("drawn", "--limit", 3),
         ("mme", "--limit", 3), ("pope", "--score", "x.jsonl", "--model", "m"), ("gqa", "--guess"),
-        ("nocaps", "--shots", 2)]
+        ("nocaps", "--shots", 2), ("pope", "--score", "x.jsonl", "--beams", 3),
+        ("pope", "--score", "x.jsonl", "--controls", "no"), ("pope", "--questions", 5),
+        ("drawn", "--mode", "clean"), ("retrieval", "--score", "x.jsonl"),
+        ("retrieval", "--out", "x"), ("drawn", "--list", "--json")]
 
 
 @pytest.mark.parametrize("arguments", IDLE, ids=lambda arguments: " ".join(map(str, arguments)))

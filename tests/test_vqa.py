@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from vqa import (
     CONTRACTIONS,
     MMMU_DOMAIN,
-    cut_answer,
     letter_named,
     mmmu_choice,
     mmmu_open_right,
@@ -401,16 +400,3 @@ def test_aokvqa_leaves_out_what_is_difficult_to_answer_directly():
     assert score_aokvqa(rows, {1: "Cat", 2: "Cat"}, direct=False).n == 2
     with pytest.raises(ValueError, match="no questions"):
         score_aokvqa({2: rows[2]}, {}, direct=True)
-
-
-@pytest.mark.parametrize("text, answer", [
-    ("red, white and blue", "red"),
-    ("1,000 people", "1,000 people"),
-    ("Short", ""), ("Short answer: red", ""),
-    (" red Question:What?", "red"),
-    ("two dogs Answer: 2", "two dogs"),
-    ("aQuestion", "a"),
-    ("short answer", "short answer"),
-])
-def test_a_few_shot_answer_ends_where_the_next_question_begins(text, answer):
-    assert cut_answer(text) == answer
