@@ -72,29 +72,38 @@ def answer_each(model: VisionLanguageModel, tokenizer: Tokenizer, documents: Ite
                 break
         return collate(samples, **layout).to(device) if samples else None
 
-    limits = dict(max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids,
-                  forbidden=tokenizer.picture_ids)
-    if n_beams > 1:
-        n_done = 0
-        while (batch := more(max(side_by_side // n_beams, 1))) is not None:
-            for found in beam_search(model, batch, n_beams=n_beams, **limits, **options):
-                yield asked[n_done], said_by(*found, tokenizer)
-                n_done += 1
-    else:
-        written: dict[int, tuple[list[int], list[float]]] = {}
-        for step in generate(model, more, n_slots=side_by_side, **limits, **options):
-            ids, logprobs = written.setdefault(step.document, ([], []))
-            ids.append(step.token)
-            logprobs.append(step.logprob)
-            if step.last:
-                del written[step.document]
-                yield asked[step.document], said_by(ids, logprobs, tokenizer)
+    options |= dict(max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids,
+                    forbidden=tokenizer.picture_ids)
+    written = (by_beams(model, more, side_by_side, n_beams, **options) if n_beams > 1
+               else by_slots(model, more, side_by_side, **options))
+    for place, ids, logprobs in written:
+        words = [token for token in ids if token not in tokenizer.stop_ids]
+        yield asked[place], Answer(tokenizer.decode(words).strip(), sum(logprobs), tuple(ids),
+                                   tuple(logprobs))
     yield from ((number, Answer("", None)) for number in nothing)
 
 
-def said_by(ids: list[int], logprobs: list[float], tokenizer: Tokenizer) -> Answer:
-    words = [token for token in ids if token not in tokenizer.stop_ids]
-    return Answer(tokenizer.decode(words).strip(), sum(logprobs), tuple(ids), tuple(logprobs))
+Written = Iterator[tuple[int, list[int], list[float]]]  # which document, its tokens, their logprobs
+
+
+def by_beams(model: VisionLanguageModel, more: Callable[[int], Batch | None], side_by_side: int,
+             n_beams: int, **options) -> Written:
+    n_done = 0
+    while (batch := more(max(side_by_side // n_beams, 1))) is not None:
+        for ids, logprobs in beam_search(model, batch, n_beams=n_beams, **options):
+            yield n_done, ids, logprobs
+            n_done += 1
+
+
+def by_slots(model: VisionLanguageModel, more: Callable[[int], Batch | None], side_by_side: int,
+             **options) -> Written:
+    written: dict[int, tuple[list[int], list[float]]] = {}
+    for step in generate(model, more, n_slots=side_by_side, **options):
+        ids, logprobs = written.setdefault(step.document, ([], []))
+        ids.append(step.token)
+        logprobs.append(step.logprob)
+        if step.last:
+            yield step.document, *written.pop(step.document)
 
 
 def readable(document: Document, tokenizer: Tokenizer, config: ModelConfig) -> Encoded:

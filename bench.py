@@ -20,6 +20,7 @@ inside of the intervals. All contestants of a case take turns, so that a slow mi
 them; shown are medians, and in the record also p20 and p80.
 """
 
+import argparse
 import inspect
 import json
 import platform
@@ -59,7 +60,8 @@ from vision import VisionConfig
 from weights import filled, read_checkpoint, shapes
 
 
-def main() -> None:
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and those of train.py that `train` and `decode` take."""
     parser = Parser(prog="bench.py", description="Measure speed on this machine.")
     parser.add_argument("what", choices=("kernels", "resources", "load", "data", "train", "decode"))
     parser.add_argument("--json", metavar="FILE", help="append the record to this file")
@@ -78,32 +80,38 @@ def main() -> None:
         raise UserError(f"--seconds must be above 0 and below 3600, got {options.seconds}")
     if options.what == "kernels" and not any(options.case in name for name in case_names()):
         raise UserError(f"--case {options.case}: choose a part of {', '.join(case_names())}")
+    return options, of_preset
+
+
+def main() -> None:
+    options, of_preset = arguments()
+    what, seconds, only = options.what, options.seconds, options.case
     with input_errors():
         set_backend(options.backend)
     if options.json:
         append(options.json, "")  # before any work is done
-    machine, rows = versions(), []
-    if options.what in ("kernels", "train", "decode"):
+    machine = versions()
+    if what in ("kernels", "train", "decode"):
         machine |= ceilings()
         print("   ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
-    if options.what == "kernels":
-        rows += kernels(options.seconds, options.case)
-    gpu_is_missed = triton and not (torch.cuda.is_available() or INTERPRETED or options.case)
-    if options.what == "load":
-        rows += load(SHAPES[options.shape], max(options.rounds, 1), options.folder)
-    if options.what == "data":
-        rows += bench_data.data(options.seconds)
-    if options.what == "train" and of_preset:
-        rows.append(bench_train.of_preset(options.seconds, of_preset))
-    elif options.what == "train":
-        rows += bench_train.train(options.seconds, options.case)
-    if options.what == "decode":
-        rows += bench_decode.decode(options.seconds, options.case, of_preset,
-                                    machine["copy_gb_s"])
-    if options.what == "resources" or (gpu_is_missed and options.what == "kernels"):
-        rows += resources()
+    if what == "kernels":
+        rows = kernels(seconds, only)
+        if triton and not (torch.cuda.is_available() or INTERPRETED or only):
+            rows += resources()  # what can be said of them without a GPU
+    elif what == "resources":
+        rows = resources()
+    elif what == "load":
+        rows = load(SHAPES[options.shape], max(options.rounds, 1), options.folder)
+    elif what == "data":
+        rows = bench_data.data(seconds)
+    elif what == "decode":
+        rows = bench_decode.decode(seconds, only, of_preset, machine["copy_gb_s"])
+    elif of_preset:
+        rows = [bench_train.of_preset(seconds, of_preset)]
+    else:
+        rows = bench_train.train(seconds, only)
     if options.json:
-        append(options.json, json.dumps({"bench": options.what, **machine, "rows": rows}) + "\n")
+        append(options.json, json.dumps({"bench": what, **machine, "rows": rows}) + "\n")
 
 
 def append(path: str, line: str) -> None:
@@ -286,7 +294,9 @@ def kernels(seconds: float, only: str) -> list[dict]:
             tiles = f"{row['tile_use']:7.0%}" if row["tile_use"] else f"{'-':>7}"
             print(f"{case.name:26}{row['way']:9}{1000 * row['seconds']['ours'][1]:9.3f}"
                   f"{row['tflops']:9.3f}{tiles}{row['error']:9.1e}   {ratios}{missing}", flush=True)
-    return rows + losses(seconds) if only in "loss" else rows
+    if only in "loss":
+        rows += losses(seconds)
+    return rows
 
 
 def inputs(case: Case) -> list[torch.Tensor]:
@@ -402,7 +412,7 @@ def dense_mask_sdpa(case, q, k, v, start, end) -> Contestant | None:
         q4, k4, v4, mask, enable_gqa=case.n_heads != case.n_kv_heads), (q, k, v))
 
 
-def cumulated(lengths: np.ndarray, device) -> torch.Tensor:
+def cumulative(lengths: np.ndarray, device) -> torch.Tensor:
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
 
 
@@ -422,7 +432,7 @@ def varlen(case, q, k, v, start, end) -> Contestant | None:
     else:
         k, v = (x.repeat_interleave(case.n_heads // case.n_kv_heads, 1).detach().requires_grad_(
             q.requires_grad) for x in (k, v))
-    cu_q, cu_k = cumulated(case.q_lengths, q.device), cumulated(case.k_lengths, q.device)
+    cu_q, cu_k = cumulative(case.q_lengths, q.device), cumulative(case.k_lengths, q.device)
     longest = int(case.q_lengths.max()), int(case.k_lengths.max())
     return Contestant(lambda: varlen_attn(q, k, v, cu_q, cu_k, *longest, **options), (q, k, v))
 
@@ -432,7 +442,7 @@ def flash_attn_2(case, q, k, v, start, end) -> Contestant | None:
         return None
     from flash_attn import flash_attn_varlen_func
 
-    cu_q, cu_k = cumulated(case.q_lengths, q.device), cumulated(case.k_lengths, q.device)
+    cu_q, cu_k = cumulative(case.q_lengths, q.device), cumulative(case.k_lengths, q.device)
     longest = int(case.q_lengths.max()), int(case.k_lengths.max())
     return Contestant(lambda: flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest,
                                                      causal=case.causal), (q, k, v))
@@ -639,7 +649,7 @@ def open_llama(folder: Path) -> VisionLanguageModel:
 
 
 def memory() -> dict[str, float]:
-    """Of this process in GB, as Linux counts: anonymous now, and all of it at its peak."""
+    """This process's memory in GB, as Linux counts: anonymous now, and all of it at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     pairs = (line.split(":") for line in lines if line.startswith(("RssAnon", "VmHWM")))
     return {name: int(value.split()[0]) * 1024 / 1e9 for name, value in pairs}

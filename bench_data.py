@@ -7,6 +7,7 @@
     first batch     seconds until a set of 330 indexed shards gives one
     waiting         of a consumer that takes batches at 70 % of the loader's rate
 
+webdataset is in no requirements file: where it is not installed, ours is measured without a peer.
 The pictures are drawn: smooth shapes and grain, about as many bytes as a photograph has.
 """
 

@@ -221,11 +221,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, questions: lis
     if ranks.size > 1:
         start_group(ranks, device, timeout=RANK_TIMEOUT)
     settings = settings_of(args, benchmark)
-    folder = Path(settings["model"])
-    name = folder.parent.name if folder.name == "model" else folder.name
-    out = Path(args.out or f"out/eval/{args.benchmark}-{name}")
-    if out.resolve() == Path(args.data).resolve():
-        raise UserError(f"--out {out}: is the folder of the data; choose another")
+    out = output_folder(args)
     if ranks.is_first:
         open_run_folder(out, settings)
     wait_for_all()
@@ -237,9 +233,6 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, questions: lis
         document_of, answer_of = few_shot_prompt(benchmark, pool, args.shots, args.rices, model,
                                                  tokenizer)
         max_tokens = benchmark.few_shot_tokens
-        if args.benchmark in ("vqav2", "okvqa"):  # OpenFlamingo's own scorer
-            benchmark = dataclasses.replace(benchmark, score=partial(benchmark.score,
-                                                                     normalise="always"))
 
     def answered(control: str) -> tuple[dict[str, dict], Result, dict]:
         """The answers under a control ("": none), what they are worth, and that as a record."""
@@ -264,6 +257,16 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, questions: lis
         write_results(out, record, questions, answers, result)
     stop_group()
     return record
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """--out, or a name made of the benchmark's and the model's. UserError for the data's folder."""
+    folder = Path(args.model or BUILT_IN).resolve()
+    name = folder.parent.name if folder.name == "model" else folder.name
+    out = Path(args.out or f"out/eval/{args.benchmark}-{name}")
+    if out.resolve() == Path(args.data).resolve():
+        raise UserError(f"--out {out}: is the folder of the data; choose another")
+    return out
 
 
 def settings_of(args: argparse.Namespace, benchmark: Benchmark) -> dict:
@@ -334,6 +337,12 @@ def arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="drawn: which exam")
     add("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_args()
+    check_flags(args, parser)
+    return args
+
+
+def check_flags(args: argparse.Namespace, parser: Parser) -> None:
+    """An error for a flag that is missing, out of range, or not read by this kind of run."""
     known = BENCHMARKS.get(args.benchmark)
     if not args.list and not args.benchmark:
         parser.error("name a benchmark, or --list them")
@@ -357,7 +366,6 @@ def arguments() -> argparse.Namespace:
     if known and args.limit % known.group_size:
         parser.error(f"--limit {args.limit}: {args.benchmark} scores {known.group_size} questions "
                      f"as one; give a multiple")
-    return args
 
 
 def kind_of(args: argparse.Namespace) -> str:
@@ -386,6 +394,9 @@ def main() -> None:
     benchmark = BENCHMARKS[name]
     if args.guess:
         benchmark = dataclasses.replace(benchmark, score=partial(benchmark.score, guess_seed=42))
+    if args.shots >= 0 and name in ("vqav2", "okvqa"):  # OpenFlamingo's own scorer
+        benchmark = dataclasses.replace(benchmark, score=partial(benchmark.score,
+                                                                 normalise="always"))
     split = args.split or benchmark.split
     everything = read(benchmark, args.data, split, 0 if benchmark.has_controls else args.limit)
     questions = everything[: args.limit or None]

@@ -5,6 +5,7 @@ bench.py calls it. Triton compiles for any target; ptxas and cuobjdump come with
 
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -41,54 +42,67 @@ LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory of a block
 
 def builds(arch: int) -> list[Build]:
     """Every kernel with every entry of its tables, at the sizes of LLaMA-2-7B and ViT-L/14."""
-    out = []
+    return [*attention_builds(arch), *decode_builds(), *small_builds(), *int8_builds()]
 
-    def attend(entry: tuple, head_dim: int, label: str, dtype: str = "*bf16", group: int = 1):
-        kernels = (attention.forward_kernel, attention.dq_kernel, attention.dkv_kernel)
-        for kernel, (m, n, warps, stages) in zip(kernels, entry, strict=True):
-            name = kernel.__name__.removesuffix("_kernel")
-            out.append(Build(kernel, dict(
-                GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim), BLOCK_M=m, BLOCK_N=n),
-                warps, stages, f"attention {name} {label} {head_dim}", dtype))
 
+def attention_builds(arch: int) -> Iterator[Build]:
     for (of, width, role), entry in attention.TILES.items():
         for head_dim in {64: (64,), 128: (80, 96, 128)}[width] if of == arch else ():
-            attend(entry, head_dim, role)
+            yield from attend(entry, head_dim, role)
     for role in ("short", "long"):
-        attend(attention.TILES[arch, 128, role], 128, f"{role}, grouped", group=4)
+        yield from attend(attention.TILES[arch, 128, role], 128, f"{role}, grouped", group=4)
     for head_dim in (64, 128):
-        attend(attention.SMALL_TILES, head_dim, "fp32", "*fp32")
+        yield from attend(attention.SMALL_TILES, head_dim, "fp32", "*fp32")
+
+
+def attend(entry: tuple, head_dim: int, label: str, dtype: str = "*bf16", group: int = 1
+           ) -> Iterator[Build]:
+    """The three kernels of attention with their tiles."""
+    kernels = (attention.forward_kernel, attention.dq_kernel, attention.dkv_kernel)
+    for kernel, (m, n, warps, stages) in zip(kernels, entry, strict=True):
+        name = kernel.__name__.removesuffix("_kernel")
+        yield Build(kernel, dict(
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim), BLOCK_M=m, BLOCK_N=n),
+            warps, stages, f"attention {name} {label} {head_dim}", dtype)
+
+
+def decode_builds() -> Iterator[Build]:
     for head_dim, group, dtype in ((64, 1, "bf16"), (80, 1, "bf16"), (96, 1, "bf16"),
                                    (128, 1, "bf16"), (128, 8, "bf16"), (128, 1, "fp32")):
-        width = block_d(head_dim)
         sizes = dict(GROUP=group, BLOCK_G=max(16, next_power_of_2(group)), HEAD_DIM=head_dim,
-                     BLOCK_D=width, BLOCK_N=decode.BLOCK_N)
-        out.append(Build(decode.split_kernel, sizes, 4, decode.STAGES,
-                         f"decode split {dtype} {group} x {head_dim}", f"*{dtype}"))
-    out.append(Build(decode.combine_kernel, dict(
-        BLOCK_S=decode.MAX_SPLITS, HEAD_DIM=128, BLOCK_D=128), 4, 3, "decode combine 128"))
+                     BLOCK_D=block_d(head_dim), BLOCK_N=decode.BLOCK_N)
+        yield Build(decode.split_kernel, sizes, 4, decode.STAGES,
+                    f"decode split {dtype} {group} x {head_dim}", f"*{dtype}")
+    yield Build(decode.combine_kernel, dict(
+        BLOCK_S=decode.MAX_SPLITS, HEAD_DIM=128, BLOCK_D=128), 4, 3, "decode combine 128")
+
+
+def small_builds() -> Iterator[Build]:
+    """Norms, RoPE, SwiGLU and the loss."""
     for C, centred in ((4096, False), (1024, True), (1280, True)):
         sizes = dict(CENTRED=centred, RESIDUAL=True, BLOCK=next_power_of_2(C))
         for kernel in (norm.forward_kernel, norm.backward_kernel):
-            out.append(Build(kernel, sizes, norm.warps(C), 3,
-                             f"norm {kernel.__name__.removesuffix('_kernel')} {C}"))
+            yield Build(kernel, sizes, norm.warps(C), 3,
+                        f"norm {kernel.__name__.removesuffix('_kernel')} {C}")
     for back in (False, True):
-        out.append(Build(rope.rope_kernel, dict(HALF=64, BACK=back, BLOCK_H=32, BLOCK_D=64), 4, 3,
-                         f"rope {'back ' * back}32 x 128"))
+        yield Build(rope.rope_kernel, dict(HALF=64, BACK=back, BLOCK_H=32, BLOCK_D=64), 4, 3,
+                    f"rope {'back ' * back}32 x 128")
     for kernel in (swiglu_kernel, swiglu_backward_kernel):
-        out.append(Build(kernel, dict(BLOCK=BLOCK), 4, 3, kernel.__name__.removesuffix("_kernel")))
+        yield Build(kernel, dict(BLOCK=BLOCK), 4, 3, kernel.__name__.removesuffix("_kernel"))
     for gradient in (False, True):
-        out.append(Build(loss.loss_kernel, dict(IGNORE=loss.IGNORE, GRADIENT=gradient,
-                                                BLOCK=loss.BLOCK), 8, 3,
-                         f"loss{' and gradient' * gradient}"))
-    out.append(Build(int8.int8_row_kernel, dict(BLOCK_N=int8.LONE_N, BLOCK_K=int8.BLOCK_K), 4, 3,
-                     "int8 one row"))
+        yield Build(loss.loss_kernel, dict(IGNORE=loss.IGNORE, GRADIENT=gradient,
+                                           BLOCK=loss.BLOCK), 8, 3,
+                    f"loss{' and gradient' * gradient}")
+
+
+def int8_builds() -> Iterator[Build]:
+    yield Build(int8.int8_row_kernel, dict(BLOCK_N=int8.LONE_N, BLOCK_K=int8.BLOCK_K), 4, 3,
+                "int8 one row")
     for rows, dtype, of in ((16, "bf16", torch.bfloat16), (32, "bf16", torch.bfloat16),
                             (64, "bf16", torch.bfloat16), (64, "fp32", torch.float32)):
-        out.append(Build(int8.int8_rows_kernel, dict(
+        yield Build(int8.int8_rows_kernel, dict(
             BLOCK_M=rows, BLOCK_N=int8.DOT_N, BLOCK_K=int8.dot_k(of)), 4, 4,
-            f"int8 rows {dtype} {rows}", f"*{dtype}"))
-    return out
+            f"int8 rows {dtype} {rows}", f"*{dtype}")
 
 
 def resources() -> list[dict]:
@@ -119,6 +133,8 @@ def compile_number(arch: int, number: int) -> dict:
 
 
 def compile_for(build: Build, arch: int) -> dict:
+    """What a kernel needs: registers of a thread, bytes of spills and of shared memory, and how
+    many instructions of the tensor cores and of asynchronous copies it has."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -67,8 +67,7 @@ def arguments() -> argparse.Namespace:
     add("--gallery", metavar="FOLDER", help="of pictures; one of them is shown where the model "
         "answers with a picture")
     add("--model", default="", help="model folder (default: the small one that ships here)")
-    add("--device", default="cpu", choices=["auto", "cpu", "cuda", "mps"],
-        help="where to compute (default: cpu)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=[*DTYPES], help="of the weights (default: as they are "
         "saved); int8: of the decoder's layers, half the bytes of bf16, for large models")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest word")
