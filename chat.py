@@ -8,7 +8,7 @@ turns that it remembers, in the form it was trained on (documents.chat_document)
 Where that grows longer than the model reads, or holds more pictures than it tells apart, the oldest
 turns are forgotten. With a gallery an answer may hold pictures, too:
 
-    Assistant: --writes--> <ret> --wish--> the gallery's best --> <ret> <image> --writes--> ...
+    Assistant: --writes--> <ret> --query--> the gallery's best --> <ret> <image> --writes--> ...
 
 so the model sees what it has found, goes on writing, and can be asked about it in the next turn.
 
@@ -30,7 +30,7 @@ from beams import beam_search
 from cli import one_line, printable
 from data import encode, prompts
 from documents import Document, Image, Ret, Text, asking
-from gallery import Gallery, wish
+from gallery import Gallery, query_feature
 from generate import generate
 from looking import answer_words, seen_part
 from model import VisionLanguageModel
@@ -41,7 +41,7 @@ MARK = "<image>"  # in a question: a picture stands here
 MOST_FOUND = 4  # pictures in an answer: a model may say <ret> without end
 
 
-class Seen(NamedTuple):
+class ShownPicture(NamedTuple):
     """A picture and its file; score: how well it fits, of one that the model has found."""
 
     path: str
@@ -68,8 +68,8 @@ class Turn:
     """A question, and its answer as far as it went."""
 
     question: str
-    pictures: list[Seen]
-    answer: list[Stretch | Seen] = field(default_factory=list)
+    pictures: list[ShownPicture]
+    answer: list[Stretch | ShownPicture] = field(default_factory=list)
     first_seconds: float = 0.0  # until the first token
     seconds: float = 0.0  # until the last
 
@@ -78,8 +78,8 @@ class Turn:
         return [part for part in self.answer if isinstance(part, Stretch)]
 
     @property
-    def found(self) -> list[Seen]:
-        return [part for part in self.answer if isinstance(part, Seen)]
+    def found(self) -> list[ShownPicture]:
+        return [part for part in self.answer if isinstance(part, ShownPicture)]
 
     @property
     def words(self) -> str:
@@ -106,18 +106,19 @@ class Conversation:
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.n_beams = n_beams
         self.turns: list[Turn] = []
-        self.forgotten = 0  # of the turns: the first ones are no longer read;
-        self.told = 0  # of so many that has been said
+        self.forgotten = 0  # the first so many turns are no longer in the prompt
+        self.told = 0  # how many of them the user was told about
 
     def forget(self) -> None:
         """Begin anew; what was said stays in the transcript."""
         self.forgotten = len(self.turns)
 
-    def tell(self, question: str, pictures: Iterable[Seen], answer: str) -> None:
+    def tell(self, question: str, pictures: Iterable[ShownPicture], answer: str) -> None:
         """A turn that somebody else has answered: an example."""
         self.turns.append(Turn(question, [*pictures], [Stretch(text=answer)]))
 
-    def ask(self, question: str, pictures: Iterable[Seen] = ()) -> Iterator[str | Seen]:
+    def ask(self, question: str, pictures: Iterable[ShownPicture] = ()
+            ) -> Iterator[str | ShownPicture]:
         """The answer, piece by piece; the turn is kept as far as they were taken.
 
         Pictures stand where the question has MARK, else in front. ValueError, with the
@@ -136,7 +137,7 @@ class Conversation:
         self._tell_forgotten(before)
         return self._answer(self.turns[-1])
 
-    def prompt(self, question: str, pictures: Iterable[Seen] = ()) -> Document:
+    def prompt(self, question: str, pictures: Iterable[ShownPicture] = ()) -> Document:
         """What the model would read if it were asked this now. ValueError as in `ask`."""
         before = self.forgotten
         self.ask(question, pictures)
@@ -160,7 +161,7 @@ class Conversation:
 
     def _fit(self) -> str:
         """Forget the oldest turns until the others, and the newest's answer, are within the model's
-        limits; returns why not even the newest one alone is."""
+        limits; returns an error line if even the newest turn alone is too long, else ""."""
         c, turn = self.model.config.decoder, self.turns[-1]
         room = min(self._tokens_left(turn), c.max_seq_len // 2)
         while True:
@@ -188,7 +189,7 @@ class Conversation:
             self.note(f"the oldest {n} turns no longer fit, and are forgotten" if n > 1 else
                       "the oldest turn no longer fits, and is forgotten")
 
-    def _answer(self, turn: Turn) -> Iterator[str | Seen]:
+    def _answer(self, turn: Turn) -> Iterator[str | ShownPicture]:
         began = time.perf_counter()
         while (yield from self._write(turn, began)):
             try:
@@ -253,11 +254,11 @@ class Conversation:
         steps = generate(self.model, batch, stop=stop, **limits, **self.options)
         return ((step.token, step.logprob) for step in steps)
 
-    def _found(self) -> Seen:
+    def _found(self) -> ShownPicture:
         """The picture that the <ret> just written wishes for."""
         asked = [*self.document(), Ret(None)]
-        path, score = self.gallery.best(wish(self.model, self.tokenizer, asked))
-        return Seen(str(path), open_image(path, rgb=False), score)
+        path, score = self.gallery.best(query_feature(self.model, self.tokenizer, asked))
+        return ShownPicture(str(path), open_image(path, rgb=False), score)
 
 
 def ended(words: str, stops: list[str]) -> int:
@@ -272,13 +273,14 @@ def ended(words: str, stops: list[str]) -> int:
 # ------------------------------------------------------------------------------- its transcript
 
 
-def transcript(conversation: Conversation, blocks: Sequence[int] | None = None) -> list[page.Turn]:
+def transcript(conversation: Conversation, blocks: Sequence[int] | None = None
+               ) -> list[page.Message]:
     """All that was said, for a page: words with their maps (of these gated blocks), pictures."""
     vision = conversation.model.config.vision
 
-    def shown(seen: Seen) -> page.Shown:
+    def shown(seen: ShownPicture) -> page.Figure:
         name = os.path.basename(seen.path)
-        return page.Shown(seen.picture, seen.score, seen_part(seen.picture.size, vision), name)
+        return page.Figure(seen.picture, seen.score, seen_part(seen.picture.size, vision), name)
 
     turns = []
     for turn in conversation.turns:
@@ -288,12 +290,12 @@ def transcript(conversation: Conversation, blocks: Sequence[int] | None = None) 
         asked = [texts[0]]
         for picture, text in zip(pictures, texts[1:], strict=True):
             asked += [picture, text]
-        turns.append(page.Turn("User", [part for part in asked if part != ""]))
+        turns.append(page.Message("User", [part for part in asked if part != ""]))
         said = []
         for part in turn.answer:
-            said += ([shown(part)] if isinstance(part, Seen) else
+            said += ([shown(part)] if isinstance(part, ShownPicture) else
                      words_with_maps(conversation, part, blocks))
-        turns.append(page.Turn("Assistant", said))
+        turns.append(page.Message("Assistant", said))
     return turns
 
 
@@ -333,8 +335,8 @@ class Terminal:
     answer; blocks: as in `transcript`.
     """
 
-    def __init__(self, conversation: Conversation, waiting: list[Seen], save: str | None = None,
-                 blocks: Sequence[int] | None = None):
+    def __init__(self, conversation: Conversation, waiting: list[ShownPicture],
+                 save: str | None = None, blocks: Sequence[int] | None = None):
         self.conversation, self.waiting, self.save = conversation, waiting, save
         self.blocks, conversation.note = blocks, self.note
         self.own = {os.path.realpath(save)} if save else set()  # pages that may be written over
@@ -380,7 +382,7 @@ class Terminal:
         elif not path:
             raise ValueError(f"{name} needs a file")
         elif name == "/image":
-            self.waiting.append(Seen(path, open_image(path, rgb=False)))
+            self.waiting.append(ShownPicture(path, open_image(path, rgb=False)))
             self.note(f"{named}: shown with the next question")
         else:
             if os.path.lexists(path) and os.path.realpath(path) not in self.own:
@@ -416,12 +418,12 @@ def typed_lines() -> Iterator[str]:
             yield line
 
 
-def print_answer(pieces: Iterable[str | Seen], speaker: str = "") -> None:
+def print_answer(pieces: Iterable[str | ShownPicture], speaker: str = "") -> None:
     """An answer on the terminal as it is made; pictures by path and score, set off by blanks."""
     print(speaker, end="", flush=True)
     before, apart = speaker, True
     for piece in pieces:
-        if is_picture := isinstance(piece, Seen):
+        if is_picture := isinstance(piece, ShownPicture):
             piece = f"[{one_line(piece.path)}, {piece.score:.2f}]"
         gap = (apart or is_picture) and before and not before[-1].isspace() | piece[0].isspace()
         print((" " if gap else "") + printable(piece), end="", flush=True)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -135,3 +135,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return DTYPES[name]
+
+
+def markdown(titles: Iterable[object], rows: Iterable[Iterable[object]]) -> list[str]:
+    """The lines of a Markdown table, whose columns after the first are aligned to the right.
+
+    >>> markdown(("a", "b"), [("x", 1)])
+    ['| a | b |', '| --- | ---: |', '| x | 1 |']
+    """
+    titles = [*titles]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return ["|" + "".join(f" {cell} |" if cell != "" else " |" for cell in line) for line in lines]

@@ -41,7 +41,7 @@ from benchmarks import (
     reference_of,
 )
 from boxes import BOX, in_whole, middle_square
-from cli import Parser, UserError, commit, input_errors, pick_device, run_main
+from cli import Parser, UserError, commit, input_errors, markdown, pick_device, run_main
 from data import prompts
 from documents import Document, Image, Ret, Text, asking
 from fewshot import few_shot_prompt
@@ -155,12 +155,11 @@ def table(record: dict) -> str:
              + (f", {record['not_asked']} not asked" if record["not_asked"] else "")
              + (f", {record['in_form']:.1f} % in the form asked for"
                 if record["in_form"] is not None else ""),
-             "", "| score | |" + "".join(f" {name} |" for name in controls),
-             "| --- | ---: |" + " ---: |" * len(controls)]
-    for name, value in record["scores"].items():
-        others = [control["scores"].get(name) for control in controls.values()]
-        lines.append(f"| {name} | {value:.2f} |" + "".join(
-            "  |" if other is None else f" {other:.2f} |" for other in others))
+             ""]
+    rows = [(name, f"{value:.2f}", *(
+        f"{control['scores'][name]:.2f}" if name in control["scores"] else ""
+        for control in controls.values())) for name, value in record["scores"].items()]
+    lines += markdown(("score", "", *controls), rows)
     if record["undefined"]:
         lines += ["", f"shares of nothing, given as 0: {', '.join(record['undefined'])}"]
     return "\n".join(lines)

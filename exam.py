@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import world
 from answering import answer_all
-from cli import commit
+from cli import commit, markdown
 from data import prompts
 from documents import Document, Ret, chat_document
 from model import VisionLanguageModel
@@ -128,15 +128,12 @@ def table(report: dict[str, dict[str, float]]) -> str:
     """The report as a Markdown table, in percent."""
     columns = {"test": "unseen scenes", "blank": "blank picture", "new": "new combinations"}
     shown = [c for c in columns if c in report]
-    lines = ["| question | " + " | ".join(columns[c] for c in shown) + " |",
-             "| --- |" + " ---: |" * len(shown)]
-    for kind in report["test"]:
-        cells = " | ".join(f"{100 * report[c][kind]:.1f}" for c in shown)
-        lines.append(f"| {NAMES[kind]} | {cells} |")
+    rows = [(NAMES[kind], *(f"{100 * report[c][kind]:.1f}" for c in shown))
+            for kind in report["test"]]
     if set(world.MAIN_KINDS) <= set(report["test"]):
-        cells = " | ".join(f"**{100 * main_accuracy(report[c]):.1f}**" for c in shown)
-        lines.append(f"| **mean of the first five** | {cells} |")
-    return "\n".join(lines)
+        rows.append(("**mean of the first five**",
+                     *(f"**{100 * main_accuracy(report[c]):.1f}**" for c in shown)))
+    return "\n".join(markdown(("question", *(columns[c] for c in shown)), rows))
 
 
 def write_exam(out: Path, name: str, report: dict, kept: list[Asked]) -> None:

@@ -9,15 +9,16 @@ that space, and the nearest one is the answer:
     User: Show me a red cat. Assistant: <ret>  -->  state at <ret>  -->  contrastive.text (E,)
 
 A feature depends on a picture's file and on the weights that look at pictures, nothing else. So it
-is computed once and then kept in the user's cache folder (files.cache_folder: somebody's photos
-are no place to write into), in a file for each folder and model:
+is computed once and then kept in the user's cache folder (files.cache_folder: we do not write
+into the user's photo folder), in a file for each folder and model:
 
-    seal      32 bytes: a hash of what follows, and of what it is about
+    checksum  32 bytes: a hash of what follows, and of what it is about
     pictures  a line of JSON: name, size and time of change of each picture
     features  fp32, a row each
 
     gallery = open_gallery("photos", model)
-    gallery.best(wish(model, tokenizer, [*asking([], "Show me a red cat.", ...), Ret(None)]))
+    asked = [*asking([], "Show me a red cat.", ...), Ret(None)]
+    gallery.best(query_feature(model, tokenizer, asked))
 """
 
 import hashlib
@@ -48,7 +49,7 @@ from vision import PictureError
 BATCH = 32  # pictures encoded side by side
 READERS = 8  # threads that read them; each holds a picture of full size
 FORMAT = "gallery 1"  # of the kept files
-SEAL_BYTES = 32
+CHECKSUM_BYTES = 32
 
 
 class Found(NamedTuple):
@@ -113,14 +114,14 @@ def open_gallery(folder: str | Path, model: VisionLanguageModel) -> Gallery:
 
 
 @torch.inference_mode()
-def wish(model: VisionLanguageModel, tokenizer: Tokenizer, document: Document) -> Tensor:
+def query_feature(model: VisionLanguageModel, tokenizer: Tokenizer, document: Document) -> Tensor:
     """What the <ret> at the end of a document asks for, a unit vector (E,) in fp32.
 
     generate() yields the state that *chose* <ret>; what training reads is the state *at* <ret>,
     which sees it. The references of <ret>s are not looked at, for they are not known yet.
     """
     if not isinstance(document[-1], Ret):
-        raise ValueError("a wish is read at the <ret> that ends a document")
+        raise ValueError("a query is read at the <ret> that ends a document")
     encoded = encode(document, tokenizer, end=False)
     encoded.rets.clear()
     batch = collate([[encoded]], **collate_options(tokenizer, model.config))
@@ -140,16 +141,16 @@ class Listed(NamedTuple):
 
 
 def list_pictures(folder: str | Path) -> tuple[list[Listed], list[str]]:
-    """All files below a folder whose names are pictures', sorted, and a line for what is barred.
+    """All files below a folder whose names are pictures', sorted, and a line for each other.
 
     Links to files are followed, links to folders are not: they may go round in circles.
     """
-    listed, barred = [], []
+    listed, skipped = [], []
 
-    def bar(error: OSError) -> None:
-        barred.append(f"{error.filename}: cannot be read: {error.strerror}")
+    def skip(error: OSError) -> None:
+        skipped.append(f"{error.filename}: cannot be read: {error.strerror}")
 
-    for place, folders, names in os.walk(folder, onerror=bar):
+    for place, folders, names in os.walk(folder, onerror=skip):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.startswith(".") or Path(name).suffix.lower() not in IMAGE_SUFFIXES:
@@ -158,14 +159,14 @@ def list_pictures(folder: str | Path) -> tuple[list[Listed], list[str]]:
             try:
                 status = os.stat(path)
             except OSError as error:
-                bar(error)
+                skip(error)
                 continue
             if stat.S_ISREG(status.st_mode):
                 below = os.path.relpath(path, folder)
                 listed.append(Listed(below, status.st_size, status.st_mtime_ns))
             else:  # from a pipe one would wait forever
-                barred.append(f"{path}: is no ordinary file")
-    return sorted(listed), barred
+                skipped.append(f"{path}: is no ordinary file")
+    return sorted(listed), skipped
 
 
 def features_of(folder: str | Path, files: list[Listed], model: VisionLanguageModel,
@@ -227,8 +228,8 @@ def read_kept(path: Path, about: bytes) -> dict[Listed, np.ndarray]:
         content = path.read_bytes()
     except OSError:
         return {}
-    body = content[SEAL_BYTES:]
-    if content[:SEAL_BYTES] != seal(about, body):
+    body = content[CHECKSUM_BYTES:]
+    if content[:CHECKSUM_BYTES] != checksum(about, body):
         return {}
     line, _, rows = body.partition(b"\n")
     files = [Listed(*entry) for entry in json.loads(line)]
@@ -242,14 +243,14 @@ def write_kept(path: Path, about: bytes, known: dict[Listed, np.ndarray]) -> Non
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
-            part.write_bytes(seal(about, body) + body)
+            part.write_bytes(checksum(about, body) + body)
     except OSError as error:
         sys.stderr.write(f"{path}: the gallery's features cannot be kept, and will be computed "
                          f"again: {error.strerror}; set XDG_CACHE_HOME to a folder that has room "
                          f"and can be written\n")
 
 
-def seal(about: bytes, body: bytes) -> bytes:
-    total = hashlib.blake2b(about, digest_size=SEAL_BYTES)
+def checksum(about: bytes, body: bytes) -> bytes:
+    total = hashlib.blake2b(about, digest_size=CHECKSUM_BYTES)
     total.update(body)
     return total.digest()

@@ -2,16 +2,16 @@
 
 Read after generate.py; the command line is sample.py --heatmap, --draw and --save.
 
-    looks          every token of a document -> its weights over the patches of each picture
-    answer_words   the same, word by word of an answer
-    strip          a picture for each word, its map laid over it
-    draw_boxes     the boxes that an answer names, drawn onto the picture
+    attention_maps   every token of a document -> its weights over the patches of each picture
+    answer_words     the same, word by word of an answer
+    strip            a picture for each word, its map laid over it
+    draw_boxes       the boxes that an answer names, drawn onto the picture
 
-A map is what the model computes, not an estimate: one pass over the whole document, in which the
-queries and keys of each attention are overheard on their way out of q_norm and k_norm, and the
-softmax done once more. Weights are averaged over heads and over the gated blocks. Behind a
-resampler words look at latents, not at patches; then their weights are multiplied by those with
-which the latents looked at the patches.
+A map is what the model computes, not an estimate: one pass over the whole document, in which
+forward hooks record queries and keys after q_norm and k_norm, and the softmax is computed again.
+Weights are averaged over heads and over the gated blocks. After a resampler, words look at latents,
+not at patches; then their weights are multiplied by those with which the latents looked at the
+patches.
 
 The last state before a token is the one that chose it. So a word's map is not the row of its own
 tokens: it is that of the tokens before them, averaged.
@@ -52,7 +52,8 @@ LABEL = 40  # longest name of a box, in characters
 
 
 @torch.no_grad()
-def looks(model: VisionLanguageModel, batch: Batch, blocks: Sequence[int] | None = None) -> Tensor:
+def attention_maps(model: VisionLanguageModel, batch: Batch, blocks: Sequence[int] | None = None
+                   ) -> Tensor:
     """Weights of every token over the patches of every picture, (T, I, side, side), fp32 or finer.
 
     They are averaged over heads and over the gated blocks in front of the layers `blocks` (None:
@@ -63,15 +64,15 @@ def looks(model: VisionLanguageModel, batch: Batch, blocks: Sequence[int] | None
     config, n_images = model.config, len(batch.shown)
     attentions = [model.cross_blocks[name].attn for name in block_names(model, blocks)]
     readers = list(model.resampler.blocks) if config.resampler else []
-    with overhearing([*attentions, *readers]) as heard:
+    with capture_qk([*attentions, *readers]) as captured:
         model.hidden_states(batch)
     seen = model.image_span(batch)
-    weights = mean(mean_over_heads(heard[a.q_norm], heard[a.k_norm], seen.start, seen.end)
+    weights = mean(mean_over_heads(captured[a.q_norm], captured[a.k_norm], seen.start, seen.end)
                    for a in attentions)  # (T, I * P)
     weights = weights.unflatten(1, (n_images, -1))  # (T, I, P)
     if readers:
-        queries_keys = [(heard[reader.q_norm], heard[reader.k_norm]) for reader in readers]
-        latents = latents_look(queries_keys, len(batch.images)).index_select(0, batch.shown)
+        queries_keys = [(captured[reader.q_norm], captured[reader.k_norm]) for reader in readers]
+        latents = resampler_attention(queries_keys, len(batch.images)).index_select(0, batch.shown)
         weights = torch.einsum("til,ilp->tip", weights, latents)
     patches = weights[..., 1:] if config.vision.keep_class else weights
     return patches.unflatten(2, (config.vision.image_size // config.vision.patch_size, -1))
@@ -88,24 +89,24 @@ def block_names(model: VisionLanguageModel, blocks: Sequence[int] | None) -> lis
 
 
 @contextmanager
-def overhearing(attentions: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Within it, what leaves the q_norm and k_norm of these is kept, by the norm it comes from."""
-    heard: dict[nn.Module, Tensor] = {}
+def capture_qk(attentions: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Within it, the outputs of the q_norm and k_norm of these are recorded, by their norm."""
+    captured: dict[nn.Module, Tensor] = {}
 
     def keep(norm: nn.Module, _, output: Tensor) -> None:
-        heard[norm] = output
+        captured[norm] = output
 
     handles = [norm.register_forward_hook(keep)
                for attention in attentions for norm in (attention.q_norm, attention.k_norm)]
     try:
-        yield heard
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
 
 
 def mean(values: Iterable[Tensor]) -> Tensor:
-    """One at a time: all heads of all blocks at once may not fit into memory."""
+    """Their mean, one in memory at a time: all heads of all blocks may not fit."""
     total, n = 0, 0
     for value in values:
         total, n = total + value, n + 1
@@ -126,7 +127,7 @@ def weights_of(q: Tensor, k: Tensor, start: Tensor, end: Tensor) -> Tensor:
     return scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
 
 
-def latents_look(queries_keys: list[tuple[Tensor, Tensor]], n_images: int) -> Tensor:
+def resampler_attention(queries_keys: list[tuple[Tensor, Tensor]], n_images: int) -> Tensor:
     """How each latent looked at its picture's patches, (U, L, P), summing to 1.
 
     Every block of the resampler reads the patches anew and adds to the latents, so all of them
@@ -143,13 +144,14 @@ def latents_look(queries_keys: list[tuple[Tensor, Tensor]], n_images: int) -> Te
 
 
 def exact(x: Tensor) -> Tensor:
+    """At least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # -------------------------------------------------------------------------------------- the words
 
 
-def words_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, range]]:
+def word_spans(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, range]]:
     """An answer's words as they stream, each with the places of its tokens among `ids`.
 
     A piece that starts with a blank or a new line starts a word, which keeps it, so that all words
@@ -183,10 +185,10 @@ def answer_words(model: VisionLanguageModel, tokenizer: Tokenizer, document: Doc
     encoded.ids += ids
     encoded.learn += [False] * len(ids)
     batch = collate([[encoded]], **collate_options(tokenizer, model.config)).to(model.embed.device)
-    maps = looks(model, batch, blocks)[n - 1 : -1, :n_pictures].float().cpu().numpy()
+    maps = attention_maps(model, batch, blocks)[n - 1 : -1, :n_pictures].float().cpu().numpy()
     return [Word(text, sum(logprobs[place] for place in places) if logprobs else None,
                  list(maps[places.start : places.stop].mean(0)))
-            for text, places in words_of(tokenizer, ids)]
+            for text, places in word_spans(tokenizer, ids)]
 
 
 # ------------------------------------------------------------------------------------- the pictures
@@ -197,7 +199,7 @@ def seen_part(size: tuple[int, int], vision: VisionConfig) -> Frame:
     return middle_square(size, vision.image_size) if vision.resize == "crop" else WHOLE
 
 
-def heat(weights: np.ndarray) -> Image.Image:
+def heat_layer(weights: np.ndarray) -> Image.Image:
     """Weights (h, w) of 0..1 -> a layer of that size in pixels: dark at 0, clear, warm at 1."""
     layer, warm = np.zeros((*weights.shape, 4), np.uint8), weights >= 0.5
     layer[warm, :3] = WARM
@@ -229,7 +231,7 @@ def strip(pictures: list[Image.Image], words: list[Word], vision: VisionConfig) 
     for i, word in enumerate(words):
         x, y = GAP + i % COLUMNS * wide, GAP + i // COLUMNS * high
         for ground, weights in zip(grounds, scaled(word.maps, len(grounds)), strict=True):
-            layer = heat(weights).resize(ground.size, Image.Resampling.NEAREST)
+            layer = heat_layer(weights).resize(ground.size, Image.Resampling.NEAREST)
             page.paste(Image.alpha_composite(ground, layer).convert("RGB"), (x, y))
             y += THUMBNAIL + 4
         label = shortened(word.text, font, THUMBNAIL)
@@ -247,7 +249,7 @@ def scaled(maps: list[np.ndarray], n: int) -> list[np.ndarray]:
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """One line of text that is at most so wide."""
+    """One line of text, at most `width` pixels wide."""
     text = " ".join(visible(text).split())
     if font.getlength(text) <= width:
         return text

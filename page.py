@@ -1,8 +1,8 @@
 """A conversation as one HTML page: words and pictures in order, and where each word looked.
 
-    from page import Shown, Turn, Word, write
-    write("chat.html", [Turn("User", [Shown("cat.jpg"), "What is it?"]),
-                        Turn("Assistant", [Word("a cat", -0.1, maps)])])
+    from page import Figure, Message, Word, write
+    write("chat.html", [Message("User", [Figure("cat.jpg"), "What is it?"]),
+                        Message("Assistant", [Word("a cat", -0.1, maps)])])
 
 The page is a single file that loads nothing: pictures are data URIs, style and script stand in it,
 and its Content-Security-Policy forbids the rest. Without a script it is the plain transcript; with
@@ -27,7 +27,7 @@ from vision import PictureError, open_image
 
 LARGEST = 512  # longer side of a picture in the page, in pixels
 DISPLAYED = 280  # and as it is displayed, small ones enlarged
-JOINERS = "\u200c\u200d"  # invisible, but letters of some scripts and emoji are wrong without
+JOINERS = "\u200c\u200d"  # invisible, but needed by some scripts and emoji
 WHOLE: Frame = (0.0, 0.0, 1.0, 1.0)
 
 
@@ -45,8 +45,8 @@ class Word:
 
 
 @dataclass
-class Shown:
-    """A picture that stands between the words; the file's name and the score are told below it."""
+class Figure:
+    """A picture between the words; the file's name and the score are shown below it."""
 
     picture: str | Path | Image.Image
     score: float | None = None  # a gallery's: how well it fits
@@ -55,9 +55,11 @@ class Shown:
 
 
 @dataclass
-class Turn:
+class Message:
+    """What one of the two says."""
+
     speaker: str  # "User" or "Assistant"
-    parts: list[str | Word | Shown]
+    parts: list[str | Word | Figure]
 
 
 # ------------------------------------------------------------------------------------- the parts
@@ -82,7 +84,7 @@ def escaped(text: str) -> str:
     return html.escape(visible(text))
 
 
-def picture_html(shown: Shown, number: int) -> str:
+def picture_html(shown: Figure, number: int) -> str:
     """A figure with an empty canvas over the part that the model sees."""
     (left, top, width, height), name = shown.frame, shown.name
     if not name and not isinstance(shown.picture, Image.Image):
@@ -170,7 +172,7 @@ figcaption span { overflow-wrap: anywhere; }
 #corner figcaption { display: none; }
 """
 
-# The colours are looking.py's heat(). Pictures that have scrolled away come back in a corner.
+# The colours are looking.py's heat_layer(). Pictures that have scrolled away come back in a corner.
 SCRIPT = """
 const corner = document.getElementById("corner");
 function lay(figure, bytes) {
@@ -211,21 +213,21 @@ for (const word of document.querySelectorAll("[data-maps]")) {
 """
 
 
-def page(turns: list[Turn], title: str = "A conversation") -> str:
+def page(messages: list[Message], title: str = "A conversation") -> str:
     """All of it as HTML; pictures are read and embedded now."""
     n_pictures, articles = 0, []
-    for turn in turns:
+    for message in messages:
         said = []
-        for part in turn.parts:
-            if isinstance(part, Shown):
+        for part in message.parts:
+            if isinstance(part, Figure):
                 said.append(picture_html(part, n_pictures))
                 n_pictures += 1
             else:
                 said.append(word_html(part, n_pictures) if isinstance(part, Word)
                             else escaped(part))
-        kind = "user" if turn.speaker == "User" else "other"
+        kind = "user" if message.speaker == "User" else "other"
         flow = "".join(said).strip().replace("</figure> ", "</figure>")  # no blank starts a line
-        articles.append(f'<article class="{kind}"><h2>{escaped(turn.speaker)}</h2>'
+        articles.append(f'<article class="{kind}"><h2>{escaped(message.speaker)}</h2>'
                         f'<div class="said" dir="auto">{flow}</div></article>')
     head = (
         '<meta charset="utf-8">',
@@ -240,7 +242,7 @@ def page(turns: list[Turn], title: str = "A conversation") -> str:
                       f"<script>{SCRIPT}</script>", "</body>", "</html>", ""])
 
 
-def write(path: str | Path, turns: list[Turn], title: str = "A conversation") -> None:
+def write(path: str | Path, messages: list[Message], title: str = "A conversation") -> None:
     """The page into a file, whole or not at all; one that is there is replaced.
 
     ValueError if it cannot be written, and why.
@@ -250,6 +252,6 @@ def write(path: str | Path, turns: list[Turn], title: str = "A conversation") ->
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
     try:
         with atomic_write(path) as part:
-            part.write_text(page(turns, title), encoding="utf-8")
+            part.write_text(page(messages, title), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None

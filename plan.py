@@ -7,7 +7,8 @@ costs 3 times its forward pass, one that is frozen but lets gradients through 2 
 is frozen with nothing trained below it costs its forward pass alone: counting all of them 3 times
 would flatter a run with frozen parts.
 
-Letters as in model.py. Memory is that of one GPU at the worst moment, early in the last backward
+Letters as in model.py, but v, d, r are the configs of vision, decoder and resampler, and P counts
+the class token. Memory is that of one GPU at the worst moment, early in the last backward
 pass of a step: all kept activations are there, two groups of blocks are gathered, one's gradients
 are on their way. Later gradients take the activations' place.
 """
@@ -18,6 +19,7 @@ from itertools import pairwise
 
 import torch
 
+from cli import markdown
 from config import TrainConfig
 from kernels.loss import chunk_rows
 from model import ModelConfig, VisionLanguageModel
@@ -51,29 +53,29 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What a forward pass works through: different pictures, tokens, learned targets, and how many
-    keys all rows see, words of words and words of picture tokens."""
+    """What a forward pass works through; pairs are attended (query, key) pairs."""
 
-    images: float
+    images: float  # different ones
     tokens: float
-    targets: float
-    word_pairs: float = 0.0
-    picture_pairs: float = 0.0
+    targets: float  # learned tokens
+    word_pairs: float = 0.0  # word to word
+    picture_pairs: float = 0.0  # word to picture token
 
 
 # ----------------------------------------------------------------------------------------- FLOPs
 
 
-def flops(model: VisionLanguageModel, work: Work, frozen: str = "none", recompute: str = "none",
+def flops(model: VisionLanguageModel, work: Work, frozen: str = "none", recompute: str = "none"
           ) -> dict[str, float]:
-    """FLOPs of one training step by part. model: may be without memory."""
+    """FLOPs of one training step by part. model: may be on the meta device."""
     c, v = model.config, model.config.vision
     trained = {part for part in ("vision", "decoder", "special") if part not in frozen}
-    eye = 3 if "vision" in trained else 1
+    vision_passes = 3 if "vision" in trained else 1
     # The rows of special tokens lie at the bottom: if they are trained, gradients reach them.
-    words = 3 if "decoder" in trained else 2 if "special" in trained else pass_share(model)
-    core = 3 if words > 1 else 1
-    again, core_again = {"none": (0, 0), "selective": (1, 0), "full": (1, 1)}[recompute]
+    decoder_passes = 3 if "decoder" in trained else 2 if "special" in trained else pass_share(model)
+    attention_passes = 3 if decoder_passes > 1 else 1
+    recomputed, attention_recomputed = {"none": (0, 0), "selective": (1, 0),
+                                        "full": (1, 1)}[recompute]
     P, n_seen = v.n_patches + 1, c.tokens_per_image
     cross = list(model.cross_blocks.values())
     keys_values = sum(matrices(b.attn.k_proj) + matrices(b.attn.v_proj) for b in cross)
@@ -81,23 +83,24 @@ def flops(model: VisionLanguageModel, work: Work, frozen: str = "none", recomput
     inner, layers = d.n_heads * d.head_dim, d.n_layers
     parts = {
         "vision": work.images * (
-            (eye + again * (eye > 1)) * 2 * P * matrices(model.vision)
-            + (eye + core_again * (eye > 1)) * 4 * P**2 * v.n_heads * v.head_dim * v.n_layers),
-        "decoder": (words + again) * 2 * work.tokens * matrices(model.blocks)
-        + (core + core_again) * 4 * work.word_pairs * inner * layers,
+            (vision_passes + recomputed * (vision_passes > 1)) * 2 * P * matrices(model.vision)
+            + (vision_passes + attention_recomputed * (vision_passes > 1))
+            * 4 * P**2 * v.n_heads * v.head_dim * v.n_layers),
+        "decoder": (decoder_passes + recomputed) * 2 * work.tokens * matrices(model.blocks)
+        + (attention_passes + attention_recomputed) * 4 * work.word_pairs * inner * layers,
         "head": (3 if "decoder" in trained else 2) * 2 * work.targets * model.head.numel(),
-        "cross-attention": (3 + again) * (
+        "cross-attention": (3 + recomputed) * (
             2 * work.images * n_seen * keys_values
             + 2 * work.tokens * (sum(map(matrices, cross)) - keys_values))
-        + (3 + core_again) * 4 * work.picture_pairs * inner * len(cross),
+        + (3 + attention_recomputed) * 4 * work.picture_pairs * inner * len(cross),
     }
     if c.resampler:
         r, keys = c.resampler, v.n_tokens + c.resampler.n_latents
         a_block = matrices(model.resampler.blocks[0].k_proj) * 2 * keys + r.n_latents * (
             matrices(model.resampler.blocks[0]) - 2 * matrices(model.resampler.blocks[0].k_proj))
         parts["resampler"] = work.images * r.n_layers * (
-            (3 + again) * 2 * a_block
-            + (3 + core_again) * 4 * r.n_latents * keys * r.n_heads * r.head_dim)
+            (3 + recomputed) * 2 * a_block
+            + (3 + attention_recomputed) * 4 * r.n_latents * keys * r.n_heads * r.head_dim)
     return parts
 
 
@@ -108,6 +111,7 @@ def pass_share(model: VisionLanguageModel) -> float:
 
 
 def matrices(module: torch.nn.Module) -> int:
+    """Weights that are multiplied by, 2 FLOPs each per token."""
     return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
 
 
@@ -133,8 +137,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def memory(c: TrainConfig, model: VisionLanguageModel, n_ranks: int, n_micro: int, work: Work
            ) -> dict[str, float]:
-    """Bytes of one GPU by kind, for a micro-batch of this work; the model's frozen parts are so by
-    `requires_grad`."""
+    """Bytes of one GPU by kind, for a micro-batch of this work; frozen: requires_grad=False."""
     n_shards = n_ranks // groups(c, n_ranks)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained, frozen = (sum(n for n, of in sizes if of is which) for which in (True, False))
@@ -199,7 +202,7 @@ def activations(c: TrainConfig, model: VisionLanguageModel, work: Work) -> float
 
 
 def resampled(config: ModelConfig, images: float) -> float:
-    """The same of the resampler."""
+    """Bytes that the resampler keeps for its backward pass."""
     r, dim = config.resampler, config.vision.dim
     inner, latents = r.n_heads * r.head_dim, r.n_latents
     keys = config.vision.n_tokens + latents
@@ -299,6 +302,7 @@ def work_of(config: ModelConfig, samples: int, documents: int, tokens: int) -> W
 
 
 def parameter_table(model: VisionLanguageModel) -> list[str]:
+    """Parameters of each part, all and trained ones, as lines of Markdown."""
     names = {"vision": "ViT", "resampler": "resampler", "cross_blocks": "gated blocks",
              "blocks": "decoder", "embed": "decoder", "head": "decoder", "norm": "decoder"}
     total: dict[str, list[int]] = {}
@@ -308,9 +312,9 @@ def parameter_table(model: VisionLanguageModel) -> list[str]:
         row[1] += p.numel() * p.requires_grad
     total["all"] = [sum(column) for column in zip(*total.values(), strict=True)]
     new = sum(n for part, (n, _) in total.items() if part in ("resampler", "gated blocks", "rest"))
-    return ["| parameters | total | trained |", "| --- | ---: | ---: |",
-            *(f"| {part} | {n / 1e6:,.1f} M | {t / 1e6:,.1f} M |" for part, (n, t) in
-              total.items()), "", f"new, in no published file: {new / 1e6:,.1f} M"]
+    rows = [(part, f"{n / 1e6:,.1f} M", f"{t / 1e6:,.1f} M") for part, (n, t) in total.items()]
+    return [*markdown(("parameters", "total", "trained"), rows), "",
+            f"new, in no published file: {new / 1e6:,.1f} M"]
 
 
 def memory_table(c: TrainConfig, model: VisionLanguageModel, n_micro: int, mean: Work,
@@ -318,10 +322,9 @@ def memory_table(c: TrainConfig, model: VisionLanguageModel, n_micro: int, mean:
     """The table, and whether it fits; if not, the first change of switches that makes it fit."""
     room = 0.95 * GPUS[c.gpu].memory  # the rest is CUDA's, and what falls between blocks
     usual, worst = (memory(c, model, c.world_size, n_micro, work) for work in (mean, longest))
-    lines = ["| memory of a GPU, GB | mean | longest |", "| --- | ---: | ---: |",
-             *(f"| {kind} | {usual[kind] / GB:.1f} | {worst[kind] / GB:.1f} |" for kind in usual),
-             f"| **all** | **{sum(usual.values()) / GB:.1f}** | "
-             f"**{sum(worst.values()) / GB:.1f}** |", ""]
+    rows = [(kind, f"{usual[kind] / GB:.1f}", f"{worst[kind] / GB:.1f}") for kind in usual]
+    rows.append(("**all**", *(f"**{sum(of.values()) / GB:.1f}**" for of in (usual, worst))))
+    lines = [*markdown(("memory of a GPU, GB", "mean", "longest"), rows), ""]
     if sum(worst.values()) <= room:
         return [*lines, f"It fits: {room / GB:.0f} GB are there."]
     lines.append(f"It does not fit: {room / GB:.0f} GB are there.")
@@ -356,13 +359,13 @@ def traffic_table(c: TrainConfig, model: VisionLanguageModel, n_micro: int, step
     """Full sharding beside HSDP; at the links' speed of the data sheets, of which real ones reach
     some three quarters."""
     gpu, n_nodes = GPUS[c.gpu], max(c.world_size // GPUS_A_NODE, 1)
-    lines = ["| a step's traffic of a GPU | in its node, GB | s | between nodes, GB | s |",
-             "| --- | ---: | ---: | ---: | ---: |"]
+    rows = []
     for n_groups in sorted({1, n_nodes, groups(c, c.world_size)}):
         name = f"HSDP, {n_groups} groups" if n_groups > 1 else "full sharding"
         inside, outside = traffic(c, model, c.world_size, n_groups, n_micro)
-        lines.append(f"| {name} | {inside / GB:.1f} | {inside / gpu.link:.2f} | "
-                     f"{outside / GB:.1f} | {outside / gpu.network:.2f} |")
-    return [*lines, "", f"A step computes for {step:.2f} s, beside which this goes on; chosen: "
-                        f"{groups(c, c.world_size)} group(s), --shard "
-                        f"{c.shard}, --reshard {c.reshard}."]
+        rows.append((name, f"{inside / GB:.1f}", f"{inside / gpu.link:.2f}",
+                     f"{outside / GB:.1f}", f"{outside / gpu.network:.2f}"))
+    titles = ("a step's traffic of a GPU", "in its node, GB", "s", "between nodes, GB", "s")
+    return [*markdown(titles, rows), "",
+            f"A step computes for {step:.2f} s, beside which this goes on; chosen: "
+            f"{groups(c, c.world_size)} group(s), --shard {c.shard}, --reshard {c.reshard}."]

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from answering import answer_all
-from cli import Parser, UserError, input_errors, pick_device, run_main
+from cli import Parser, UserError, input_errors, markdown, pick_device, run_main
 from documents import chat_document
 from plot import COLOURS, GREY, GRID, INK
 from vision import open_image
@@ -54,17 +54,19 @@ def main() -> None:
         parser.error("give folders that eval.py has written, or --ask with --image FILE")
     out = Path(args.out)
     with input_errors():
-        page = asked(args.model or BUILT_IN, args.image, out) if args.ask else compared(
-            [Path(run) for run in args.runs], out)
+        if args.ask:
+            page = instruction_page(args.model or BUILT_IN, args.image, out)
+        else:
+            page = comparison_page([Path(run) for run in args.runs], out)
     print(page)
 
 
-def made(out: Path, name: str, lines: list[str]) -> Path:
+def write_page(out: Path, name: str, lines: list[str]) -> Path:
     (out / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return out / name
 
 
-def folder(out: Path) -> Path:
+def page_folder(out: Path) -> Path:
     """The folder of a page, which may replace an earlier page and nothing else."""
     if out.is_dir() and any(out.iterdir()) and not (out / "report.md").is_file() and not (
             out / "page.md").is_file():
@@ -88,50 +90,47 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
     try:
         record = json.loads((run / "result.json").read_text(encoding="utf-8"))
         rows = (run / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-        return {name: record[name] for name in NEEDED} | record, [*map(json.loads, filter(None,
-                                                                                           rows))]
+        return ({name: record[name] for name in NEEDED} | record,
+                [json.loads(row) for row in rows if row])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{run}: its result.json or predictions.jsonl is damaged; run eval.py "
                          f"again") from None
 
 
-def compared(runs: list[Path], out: Path) -> Path:
+def comparison_page(runs: list[Path], out: Path) -> Path:
     """One page over all of them."""
     found = [read_run(run) for run in runs]
-    folder(out)
+    page_folder(out)
     names = [run.name if [other.name for other in runs].count(run.name) == 1
              else f"{run.name}-{i + 1}" for i, run in enumerate(runs)]
     columns = ("score", "95 %", "questions", "in the form asked for", "grey picture",
                "another picture")
-    lines = ["# " + ", ".join(names), "", f"| | {' | '.join(columns)} |",
-             "| --- |" + " ---: |" * len(columns)]
+    table = []
     for name, (record, _) in zip(names, found, strict=True):
         low, high = record["interval"]
         form = "" if record["in_form"] is None else f"{record['in_form']:.1f} %"
         blind = [record.get("controls", {}).get(control, {}).get("score") for control in
                  ("blank", "shuffled")]
         blind = ["" if value is None else f"{value:.1f}" for value in blind]
-        lines.append(f"| {name}: {record['main']} | {record['score']:.1f} | {low:.1f} to "
-                     f"{high:.1f} | {record['n']} | {form} | {' | '.join(blind)} |")
+        table.append((f"{name}: {record['main']}", f"{record['score']:.1f}",
+                      f"{low:.1f} to {high:.1f}", record["n"], form, *blind))
+    lines = ["# " + ", ".join(names), "", *markdown(("", *columns), table)]
     for name, (record, rows) in zip(names, found, strict=True):
         lines += ["", f"## {name}", "", f"{record['benchmark']}, commit {record['commit']}, "
                   f"{record['mode']} reading of answers; asked was, for example:", "",
                   *(f"    {line}" for line in record["prompt"].split("\n")), ""]
-        lines += scores_table(record) + confusion(rows) + calibrated(rows, out, name)
+        lines += scores_table(record) + confusion(rows) + calibration_section(rows, out, name)
         lines += mistakes(rows, out, name)
-    return made(out, "report.md", lines)
+    return write_page(out, "report.md", lines)
 
 
 def scores_table(record: dict) -> list[str]:
     others = record.get("controls", {})
     titles = [NAMES.get(name, name) for name in others]
-    lines = [f"| {' | '.join(['score', '', *titles])} |",
-             "| --- |" + " ---: |" * (1 + len(others))]
-    for name, value in record["scores"].items():
-        cells = [f"{value:.2f}", *(f"{other['scores'][name]:.2f}" if name in other["scores"] else ""
-                                   for other in others.values())]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    rows = [(name, f"{value:.2f}", *(f"{other['scores'][name]:.2f}" if name in other["scores"]
+                                     else "" for other in others.values()))
+            for name, value in record["scores"].items()]
+    return [*markdown(("score", "", *titles), rows), ""]
 
 
 def confusion(rows: list[dict]) -> list[str]:
@@ -139,13 +138,9 @@ def confusion(rows: list[dict]) -> list[str]:
     rows = [row for row in rows if row["form"] == "yes/no"]
     if not rows:
         return []
-    said = ("yes", "no", None)
-    lines = ["| right \\ said | yes | no | neither |", "| --- | ---: | ---: | ---: |"]
-    for wanted in ("yes", "no"):
-        counts = [sum(row["wanted"] == wanted and row["parsed"] == word for row in rows)
-                  for word in said]
-        lines.append(f"| {wanted} | " + " | ".join(map(str, counts)) + " |")
-    return [*lines, ""]
+    counts = [(wanted, *(sum(row["wanted"] == wanted and row["parsed"] == word for row in rows)
+                         for word in ("yes", "no", None))) for wanted in ("yes", "no")]
+    return [*markdown(("right \\ said", "yes", "no", "neither"), counts), ""]
 
 
 def calibration(probability: np.ndarray, credit: np.ndarray) -> tuple[list[tuple], float]:
@@ -157,7 +152,7 @@ def calibration(probability: np.ndarray, credit: np.ndarray) -> tuple[list[tuple
     return found, sum(n * abs(p - c) for p, c, n in found) / len(probability)
 
 
-def calibrated(rows: list[dict], out: Path, name: str) -> list[str]:
+def calibration_section(rows: list[dict], out: Path, name: str) -> list[str]:
     rows = [row for row in rows if row["logprob"] is not None]
     if not rows:
         return []
@@ -229,11 +224,11 @@ def cell(text: str) -> str:
 # ------------------------------------------------------------------------------ a page to read
 
 
-def asked(model_folder: str | Path, images: list[str], out: Path) -> Path:
+def instruction_page(model_folder: str | Path, images: list[str], out: Path) -> Path:
     """All INSTRUCTIONS about each picture."""
     pictures = [open_image(path, rgb=False) for path in images]
     model, tokenizer = load_model(model_folder, pick_device("auto"))
-    folder(out)
+    page_folder(out)
     lines = [f"# {Path(model_folder).name}"]
     for i, (path, picture) in enumerate(zip(images, pictures, strict=True)):
         documents = [chat_document([([picture], text, None)], tokenizer.chat)
@@ -244,7 +239,7 @@ def asked(model_folder: str | Path, images: list[str], out: Path) -> Path:
                   "| asked | said |", "| --- | --- |"]
         lines += [f"| {cell(text)} | {cell(answer.answer)} |"
                   for text, answer in zip(INSTRUCTIONS, said, strict=True)]
-    return made(out, "page.md", lines)
+    return write_page(out, "page.md", lines)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from answering import answer_each
 from chat import (
     MARK,
     Conversation,
-    Seen,
+    ShownPicture,
     Terminal,
     Turn,
     ended,
@@ -40,7 +40,7 @@ from chat import (
 from cli import Parser, disk_errors, input_errors, one_line, pick_device, printable, run_main
 from files import atomic_write
 from gallery import open_gallery
-from looking import block_names, draw_boxes, seen_part, strip, words_of
+from looking import block_names, draw_boxes, seen_part, strip, word_spans
 from vision import PictureError, open_image, to_rgb
 from weights import BUILT_IN, DTYPES, load_model
 
@@ -185,7 +185,7 @@ def main() -> None:
     with input_errors():
         examples = read_examples(args.few_shot) if args.few_shot is not None else []
         check_files(args, examples)  # again: they have pictures
-        pictures = [Seen(path, open_image(path, rgb=False)) for path in args.image]
+        pictures = [ShownPicture(path, open_image(path, rgb=False)) for path in args.image]
         asked = lines_of(args.prompts) if args.prompts is not None else {}
     device = pick_device(args.device)
     with input_errors():
@@ -228,7 +228,7 @@ def remark(line: str) -> None:
 # ------------------------------------------------------------------------------------ examples
 
 
-def read_examples(path: str) -> list[tuple[str, list[Seen], str]]:
+def read_examples(path: str) -> list[tuple[str, list[ShownPicture], str]]:
     """A file of (question, pictures, answer) that a conversation may begin with.
 
     Blocks between blank lines, their pictures' paths as seen from the file:
@@ -259,7 +259,7 @@ def read_examples(path: str) -> list[tuple[str, list[Seen], str]]:
         elif name == "image":
             picture = os.path.join(os.path.dirname(path), value)
             try:
-                seen = Seen(picture, open_image(picture, rgb=False))
+                seen = ShownPicture(picture, open_image(picture, rgb=False))
             except PictureError as error:
                 raise ValueError(f"{path}: line {number}: {error}") from None
             block.setdefault(name, []).append(seen)
@@ -273,7 +273,7 @@ def read_examples(path: str) -> list[tuple[str, list[Seen], str]]:
     return examples
 
 
-def example(block: dict, where: str) -> tuple[str, list[Seen], str]:
+def example(block: dict, where: str) -> tuple[str, list[ShownPicture], str]:
     for name in ("question", "answer"):
         if name not in block:
             raise ValueError(f"{where}: the example that ends here has no {name}:")
@@ -287,7 +287,8 @@ def example(block: dict, where: str) -> tuple[str, list[Seen], str]:
 # ------------------------------------------------------------------------------- one question
 
 
-def answer_one(args: argparse.Namespace, pictures: list[Seen], conversation: Conversation) -> None:
+def answer_one(args: argparse.Namespace, pictures: list[ShownPicture],
+               conversation: Conversation) -> None:
     pieces = conversation.ask(args.prompt or "What is in the picture?", pictures)
     hint(args)
     if args.json:
@@ -300,7 +301,7 @@ def answer_one(args: argparse.Namespace, pictures: list[Seen], conversation: Con
         print(json.dumps(as_json(turn)))
     if args.logprobs:
         for stretch in turn.stretches:
-            for word, places in words_of(conversation.tokenizer, stretch.ids):
+            for word, places in word_spans(conversation.tokenizer, stretch.ids):
                 total = sum(stretch.logprobs[place] for place in places)
                 print(f"{total:9.4f}  {one_line(word).strip()}")
     write_files(args, conversation, turn)
@@ -356,7 +357,7 @@ def save_picture(picture: PIL.Image.Image, path: str) -> None:
 # ------------------------------------------------------------------------------- many questions
 
 
-def answer_lines(args: argparse.Namespace, pictures: list[Seen], asked: dict[int, str],
+def answer_lines(args: argparse.Namespace, pictures: list[ShownPicture], asked: dict[int, str],
                  conversation: Conversation) -> None:
     """Answer every line of --prompts, many side by side; shown in their order."""
     answers: dict[int, dict] = {}

@@ -15,10 +15,10 @@ import chat
 import page
 import world
 from beams import beam_search
-from chat import MOST_FOUND, Conversation, Seen, Terminal, transcript
+from chat import MOST_FOUND, Conversation, ShownPicture, Terminal, transcript
 from data import encode, prompts
 from documents import Ret, chat_document
-from gallery import open_gallery, wish
+from gallery import open_gallery, query_feature
 from generate import Step
 from sample import read_examples
 from tokenizer import Tokenizer
@@ -49,11 +49,11 @@ def gallery(tiny, photos, tmp_path_factory):
         return open_gallery(photos, tiny[0])
 
 
-def picture(colour: str = "red") -> Seen:
-    return Seen(f"{colour}.png", Pillow.new("RGB", (20, 20), colour))
+def picture(colour: str = "red") -> ShownPicture:
+    return ShownPicture(f"{colour}.png", Pillow.new("RGB", (20, 20), colour))
 
 
-def said(conversation: Conversation, question: str, *pictures: Seen) -> str:
+def said(conversation: Conversation, question: str, *pictures: ShownPicture) -> str:
     return "".join(piece for piece in conversation.ask(question, pictures)
                    if isinstance(piece, str))
 
@@ -81,7 +81,7 @@ def scripted(monkeypatch):
 def test_with_beams_an_answer_is_what_the_search_finds(tiny):
     model, tokenizer = tiny
     conversation = Conversation(model, tokenizer, n_beams=3)
-    seen = Seen("scene.png", world.draw(world.make_scene(3, "test"), 120))
+    seen = ShownPicture("scene.png", world.draw(world.make_scene(3, "test"), 120))
     answer = said(conversation, "Describe the picture.", seen)
     batch = prompts([conversation.turns[0].stretches[0].document], tokenizer, model.config, "cpu")
     (best,) = beam_search(model, batch, n_beams=3, stop=tokenizer.stop_ids,
@@ -197,7 +197,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_went(tiny, scripted):
 
 def test_an_answer_that_nobody_takes_to_its_end_is_kept_as_far_as_it_was_taken(tiny):
     conversation = Conversation(*tiny)
-    cat = Seen("cat.jpg", Pillow.open(ROOT / "cat.jpg"))
+    cat = ShownPicture("cat.jpg", Pillow.open(ROOT / "cat.jpg"))
     pieces = conversation.ask("What is in the picture?", [cat])
     shown = next(pieces) + next(pieces)
     pieces.close()
@@ -226,7 +226,7 @@ def test_without_a_gallery_no_picture_is_ever_asked_for(tiny, gallery):
     (found,) = with_one.ask(REQUEST)
     assert found.path.endswith(f"{CAT}.png") and 0.7 < found.score <= 1
     asked = [*with_one.turns[0].stretches[0].document, Ret(None)]
-    best, second = gallery.nearest(wish(*tiny, asked), 2)
+    best, second = gallery.nearest(query_feature(*tiny, asked), 2)
     assert (str(best.path), best.score) == (found.path, found.score) and second.score < 0.6
 
 
@@ -253,7 +253,7 @@ def test_an_answer_goes_on_behind_its_pictures_which_are_few(tiny, gallery, scri
 def test_a_picture_that_is_the_last_token_ends_the_answer(tiny, gallery, scripted):
     calls = scripted([tiny[1].ret_id])
     (found,) = Conversation(*tiny, gallery, max_new_tokens=1).ask(REQUEST)
-    assert isinstance(found, Seen) and len(calls) == 1
+    assert isinstance(found, ShownPicture) and len(calls) == 1
 
 
 def test_no_picture_is_looked_for_when_there_is_no_place_for_it(tiny, gallery, scripted):
@@ -286,7 +286,7 @@ def test_a_transcript_has_words_maps_and_pictures_in_order(tiny, gallery):
     [*conversation.ask("What is in <image>, and in <image>?", [a, b])]
     turns = transcript(conversation)
     assert [turn.speaker for turn in turns] == ["User", "Assistant"] * 3
-    order = [[part.name if isinstance(part, page.Shown) else getattr(part, "text", part)
+    order = [[part.name if isinstance(part, page.Figure) else getattr(part, "text", part)
               for part in turn.parts] for turn in turns]
     assert order[:2] == [[REQUEST], [Path(found.path).name]]
     assert turns[1].parts[0].score == found.score and turns[2].parts[0].picture is a.picture

@@ -22,7 +22,7 @@ import gallery
 import world
 from data import prompts
 from documents import Image, Ret, Text, chat_document
-from gallery import Found, Gallery, open_gallery, read_kept, wish, write_kept
+from gallery import Found, Gallery, open_gallery, query_feature, read_kept, write_kept
 from generate import generate
 from vision import ResamplerConfig
 from weights import BUILT_IN, load_model
@@ -104,16 +104,17 @@ def test_a_wish_is_read_where_training_reads_it(tiny_model, tokenizer, photos, k
                             torch.device("cpu")))
         chose = model.hidden_states(prompts([asked], tokenizer, model.config,
                                             torch.device("cpu")))[0][-1]
-    asks_for = wish(model, tokenizer, [*asked, Ret(None)])
+    asks_for = query_feature(model, tokenizer, [*asked, Ret(None)])
     close(asks_for, out.ret_features[-1])
     assert F.cosine_similarity(asks_for, model.contrastive.text(chose), dim=0) < 0.99
 
 
 def test_a_wish_needs_no_picture_for_any_ret(model, tokenizer, photos, reads):
     asked = chat_document([([], "Show me a cat.", None)])
-    wish(model, tokenizer, [*asked, Ret("nowhere.png"), Image(photos / "a.jpg"), Ret(None)])
+    query_feature(model, tokenizer,
+                  [*asked, Ret("nowhere.png"), Image(photos / "a.jpg"), Ret(None)])
     with pytest.raises(ValueError, match="at the <ret> that ends a document"):
-        wish(model, tokenizer, asked)
+        query_feature(model, tokenizer, asked)
 
 
 def test_no_more_than_two_batches_of_pixels_are_ever_in_memory(photos, model, monkeypatch):
@@ -380,13 +381,14 @@ def test_the_built_in_model_finds_nine_of_ten_scenes_among_two_hundred(tmp_path,
     for i, scene in enumerate(scenes):
         request = world.request(scene, random.Random(i))
         document = [*chat_document([([], request, None)], tokenizer.chat), Ret(None)]
-        right += opened.best(wish(model, tokenizer, document)).path == opened.paths[i]
+        right += opened.best(query_feature(model, tokenizer, document)).path == opened.paths[i]
     assert len(opened.paths) == N and right >= 0.9 * N
     names, fits = sorted({thing.name for scene in scenes for thing in scene.things}), 0
     for name in names:
         document = [*chat_document([([], f"Show me {world.a(name)}.", None)], tokenizer.chat),
                     Ret(None)]
-        shown = scenes[opened.paths.index(opened.best(wish(model, tokenizer, document)).path)]
+        best = opened.best(query_feature(model, tokenizer, document))
+        shown = scenes[opened.paths.index(best.path)]
         fits += name in [thing.name for thing in shown.things]
     assert len(names) > 80 and fits >= 0.75 * len(names)
 

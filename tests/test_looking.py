@@ -19,7 +19,15 @@ import world
 from data import encode, prompts
 from documents import Document, Image, Text, asking
 from generate import generate
-from looking import answer_words, draw_boxes, looks, overhearing, seen_part, strip, words_of
+from looking import (
+    answer_words,
+    attention_maps,
+    capture_qk,
+    draw_boxes,
+    seen_part,
+    strip,
+    word_spans,
+)
 from model import VisionLanguageModel
 from page import Word
 from vision import ResamplerConfig, VisionConfig
@@ -60,7 +68,7 @@ def test_what_a_word_looks_at_sums_to_one_and_nothing_is_looked_at_unseen(
         tokenizer, tiny_model, rule, resampler):
     model = tiny_model(resampler=resampler, **rule)
     batch = batch_of(tokenizer, model)
-    weights = looks(model, batch)
+    weights = attention_maps(model, batch)
     assert weights.shape == (len(batch.tokens), len(batch.shown), 2, 2)
     sees = batch.image_start < batch.image_end
     assert 0 < sees.sum() < len(sees)
@@ -77,7 +85,7 @@ def test_values_weighted_by_the_map_are_what_the_attention_said(tokenizer, tiny_
         block.attn.register_forward_hook(
             lambda attn, args, out, name=name: calls.update({name: (attn, args[1], out)}))
     for name in model.cross_blocks:
-        weights = looks(model, batch, [int(name)]).flatten(1)  # (T, I * P)
+        weights = attention_maps(model, batch, [int(name)]).flatten(1)  # (T, I * P)
         attention, pictures, said = calls[name]
         by_hand = attention.o_proj(weights @ attention.v_proj(pictures))
         assert said.abs().max() > 0.1
@@ -90,31 +98,31 @@ def test_the_map_is_the_mean_over_heads_each_of_which_is_what_the_model_used(
     batch, calls = batch_of(tokenizer, model), []
     attention = model.cross_blocks["0"].attn
     attention.register_forward_hook(lambda _, args, out: calls.append((args[1], out)))
-    with overhearing([attention]) as heard:
+    with capture_qk([attention]) as captured:
         model.hidden_states(batch)
-    q, k = heard[attention.q_norm], heard[attention.k_norm]
+    q, k = captured[attention.q_norm], captured[attention.k_norm]
     span, (pictures, said) = model.image_span(batch), calls[0]
     v = attention.v_proj(pictures).view(k.shape)
     weights = [looking.weights_of(q[:, h], k[:, h], span.start, span.end) for h in range(4)]
     by_hand = torch.cat([w @ v[:, h] for h, w in enumerate(weights)], dim=1)
     torch.testing.assert_close(attention.o_proj(by_hand), said, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(looks(model, batch, [0]).flatten(1), sum(weights) / 4)
+    torch.testing.assert_close(attention_maps(model, batch, [0]).flatten(1), sum(weights) / 4)
 
 
 def test_all_blocks_are_averaged_unless_some_are_chosen(tokenizer, tiny_model):
     model = tiny_model(cross_attn_every=1)
     batch = batch_of(tokenizer, model)
-    first, second = looks(model, batch, [0]), looks(model, batch, [1])
+    first, second = attention_maps(model, batch, [0]), attention_maps(model, batch, [1])
     assert (first - second).abs().max() > 0.01
-    torch.testing.assert_close(looks(model, batch), (first + second) / 2)
-    torch.testing.assert_close(looks(model, batch, [1, 0]), looks(model, batch))
+    torch.testing.assert_close(attention_maps(model, batch), (first + second) / 2)
+    torch.testing.assert_close(attention_maps(model, batch, [1, 0]), attention_maps(model, batch))
 
 
 @pytest.mark.parametrize("blocks", [[2], [1, 7], []])
 def test_a_block_that_is_not_there_is_said_and_which_there_are(tokenizer, tiny_model, blocks):
     model = tiny_model(cross_attn_every=1)
     with pytest.raises(ValueError, match="in front of layers 0, 1; choose"):
-        looks(model, batch_of(tokenizer, model), blocks)
+        attention_maps(model, batch_of(tokenizer, model), blocks)
 
 
 class Ones(nn.Module):
@@ -142,7 +150,7 @@ def test_a_model_whose_keys_point_at_one_patch_is_seen_to_look_there(tokenizer, 
     with torch.no_grad():
         attention.k_proj.weight.copy_(10 * torch.linspace(-1, 1, 32).expand(32, 32))
     batch = batch_of(tokenizer, model, story())  # shows pictures 0, 1 and 0 again
-    weights = looks(model, batch).flatten(2)
+    weights = attention_maps(model, batch).flatten(2)
     for shown, place in enumerate([places[0], places[1], places[0]]):
         rows = (batch.image_start <= shown) & (shown < batch.image_end)
         assert rows.any() and (weights[rows, shown, place] > 0.99).all()
@@ -156,7 +164,7 @@ def test_behind_a_resampler_it_is_the_product_of_words_on_latents_and_latents_on
     for reader in model.resampler.blocks:
         reader.register_forward_hook(lambda block, args, _: came.append((block, *args)))
     attention = model.cross_blocks["1"].attn
-    with overhearing([attention]) as heard:
+    with capture_qk([attention]) as captured:
         model.hidden_states(batch)
     n_pictures, on_patches = len(batch.images), torch.zeros(len(batch.images), 3, 4).double()
     for block, latents, context in came:
@@ -170,10 +178,11 @@ def test_behind_a_resampler_it_is_the_product_of_words_on_latents_and_latents_on
     assert (on_patches.sum(-1) < 0.95).all()  # some of it is on the latents themselves,
     on_patches /= on_patches.sum(-1, keepdim=True)  # and left out
     span = model.image_span(batch)
-    on_latents = looking.mean_over_heads(heard[attention.q_norm], heard[attention.k_norm],
+    on_latents = looking.mean_over_heads(captured[attention.q_norm], captured[attention.k_norm],
                                          span.start, span.end).view(len(batch.tokens), -1, 3)
     by_hand = torch.stack([on_latents[:, i] @ on_patches[u] for i, u in enumerate(batch.shown)], 1)
-    torch.testing.assert_close(looks(model, batch).flatten(2), by_hand, rtol=1e-10, atol=1e-10)
+    maps = attention_maps(model, batch).flatten(2)
+    torch.testing.assert_close(maps, by_hand, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("resampler", [None, RESAMPLER], ids=["patches", "latents"])
@@ -181,16 +190,16 @@ def test_the_share_of_a_class_token_is_left_out(tokenizer, tiny_config, resample
     config = tiny_config(resampler=resampler)
     model = VisionLanguageModel(replace(config, vision=replace(config.vision, keep_class=True)))
     batch = batch_of(tokenizer, model)
-    weights, sees = looks(model, batch), batch.image_start < batch.image_end
+    weights, sees = attention_maps(model, batch), batch.image_start < batch.image_end
     assert weights.shape[2:] == (2, 2)
     assert (sums(weights)[sees] < 0.97).all() and (sums(weights)[sees] > 0.5).all()
     assert not weights[~sees].any()
     if resampler is None:  # without the one hidden key the rest is in the same proportion
         attention = model.cross_blocks["1"].attn
-        with overhearing([attention]) as heard:
+        with capture_qk([attention]) as captured:
             model.hidden_states(batch)
         span = model.image_span(batch)
-        whole = looking.mean_over_heads(heard[attention.q_norm], heard[attention.k_norm],
+        whole = looking.mean_over_heads(captured[attention.q_norm], captured[attention.k_norm],
                                         span.start, span.end).unflatten(1, (-1, 5))
         torch.testing.assert_close(weights.flatten(2), whole[..., 1:])
 
@@ -199,7 +208,7 @@ def test_no_hook_is_left_behind_even_after_an_error(tokenizer, tiny_model, monke
     model = tiny_model(resampler=RESAMPLER)
     batch = batch_of(tokenizer, model)
     before = model.hidden_states(batch)[0]
-    looks(model, batch)
+    attention_maps(model, batch)
     assert torch.equal(model.hidden_states(batch)[0], before)
 
     def fails(*_):
@@ -207,15 +216,15 @@ def test_no_hook_is_left_behind_even_after_an_error(tokenizer, tiny_model, monke
 
     monkeypatch.setattr(model.norm, "forward", fails)
     with pytest.raises(RuntimeError, match="in the midst"):
-        looks(model, batch)
+        attention_maps(model, batch)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_model_in_bf16_has_maps_in_fp32(tokenizer, tiny_model):
     model = tiny_model(**ALL)
     batch = batch_of(tokenizer, model)
-    finer = looks(model, batch)
-    coarse = looks(model.bfloat16(), batch)
+    finer = attention_maps(model, batch)
+    coarse = attention_maps(model.bfloat16(), batch)
     assert coarse.dtype == torch.float32
     torch.testing.assert_close(coarse, finer, rtol=0, atol=0.05)
     sees = (batch.image_start < batch.image_end).float()
@@ -230,7 +239,7 @@ def test_a_model_in_bf16_has_maps_in_fp32(tokenizer, tiny_model):
 @pytest.mark.parametrize("end", ["end_id", "eos_id"])
 def test_words_put_together_are_the_answer_up_to_its_end(tokenizer, text, end):
     ids = [*tokenizer.encode(text), getattr(tokenizer, end), *tokenizer.encode("more")]
-    words = words_of(tokenizer, ids)
+    words = word_spans(tokenizer, ids)
     assert "".join(word for word, _ in words) == tokenizer.decode(tokenizer.encode(text))
     places = [place for _, tokens in words for place in tokens]
     assert places == [*range(len(tokenizer.encode(text)))]
@@ -239,7 +248,7 @@ def test_words_put_together_are_the_answer_up_to_its_end(tokenizer, text, end):
 
 def test_half_a_character_at_the_end_belongs_to_the_last_word(tokenizer):
     ids = tokenizer.encode("red \U0001f600")[:-1]
-    assert words_of(tokenizer, ids)[-1][0] == " \ufffd"
+    assert word_spans(tokenizer, ids)[-1][0] == " \ufffd"
 
 
 def test_a_words_map_is_the_mean_of_the_rows_that_chose_its_tokens(tokenizer, tiny_model):
@@ -252,8 +261,8 @@ def test_a_words_map_is_the_mean_of_the_rows_that_chose_its_tokens(tokenizer, ti
     n = len(encode(document, tokenizer, end=False).ids)
     batch = batch_of(tokenizer, model, [*document, Text(text)])
     assert batch.tokens[n:].tolist() == ids
-    rows = looks(model, batch).numpy()
-    for word, (_, places) in zip(words, words_of(tokenizer, ids), strict=True):
+    rows = attention_maps(model, batch).numpy()
+    for word, (_, places) in zip(words, word_spans(tokenizer, ids), strict=True):
         expected = rows[n - 1 + places.start : n - 1 + places.stop].mean(0)
         np.testing.assert_allclose(np.stack(word.maps), expected, atol=1e-6)
         assert word.logprob == sum(logprobs[place] for place in places)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import page
-from page import Shown, Turn, Word, write
+from page import Figure, Message, Word, write
 
 VOID = {"meta", "img"}
 NAME = "<b onload=x>' onerror=\"y.png"
@@ -54,13 +54,13 @@ def picture(size=(40, 30), colour="red") -> Image.Image:
     return Image.new("RGB", size, colour)
 
 
-def talk() -> list[Turn]:
+def talk() -> list[Message]:
     maps = [np.array([[0.1, 0.4], [0.2, 0.3]])]
-    return [Turn("User", [Shown(picture()), "What is it?"]),
-            Turn("Assistant", [Word("a", -0.1, maps), Word(" red", -0.2, maps), Word(" cat")])]
+    return [Message("User", [Figure(picture()), "What is it?"]),
+            Message("Assistant", [Word("a", -0.1, maps), Word(" red", -0.2, maps), Word(" cat")])]
 
 
-def read(*turns: Turn, title="A talk") -> Read:
+def read(*turns: Message, title="A talk") -> Read:
     return Read(page.page(list(turns) or talk(), title))
 
 
@@ -76,9 +76,9 @@ def test_words_and_pictures_stand_in_the_page_in_order():
 def test_html_in_words_is_shown_not_obeyed(tmp_path, where):
     file = tmp_path / NAME
     picture().save(file)
-    turns = [Turn(HOSTILE if where == "speaker" else "User",
-                  [HOSTILE if where == "user" else "hello", Shown(file)]),
-             Turn("Assistant", [Word(HOSTILE if where == "word" else "a", -1.0)])]
+    turns = [Message(HOSTILE if where == "speaker" else "User",
+                  [HOSTILE if where == "user" else "hello", Figure(file)]),
+             Message("Assistant", [Word(HOSTILE if where == "word" else "a", -1.0)])]
     found = read(*turns, title=HOSTILE if where == "title" else "A talk")
     assert HOSTILE in found.text or where == "name"
     assert NAME in found.text
@@ -102,14 +102,14 @@ def test_nothing_is_loaded_from_anywhere():
 
 def test_control_characters_are_seen_and_do_nothing(tmp_path):
     text = "a\x1b[31mb\x00c\u202ed\ud800e\u2066\x85 \u200d\tf\ng"
-    found = read(Turn("User", [text]), Turn("Assistant", [Word(text)]))
+    found = read(Message("User", [text]), Message("Assistant", [Word(text)]))
     assert "a\u241b[31mb\u2400c\ufffdd\ufffde\ufffd\ufffd \u200d\tf\ng" in found.text
     assert not any(ord(c) < 32 and c not in "\n\t" for c in found.text)
-    write(tmp_path / "chat.html", [Turn("User", [text])])
+    write(tmp_path / "chat.html", [Message("User", [text])])
 
 
 def test_a_picture_is_embedded_small_and_displayed_in_its_own_shape():
-    found = read(Turn("User", [Shown(picture((2000, 1000))), Shown(picture((10, 20)))]))
+    found = read(Message("User", [Figure(picture((2000, 1000))), Figure(picture((10, 20)))]))
     sizes = []
     for image in found.all("img"):
         data = base64.b64decode(image["src"].removeprefix(DATA))
@@ -121,19 +121,19 @@ def test_a_picture_is_embedded_small_and_displayed_in_its_own_shape():
 
 def test_pictures_of_any_mode_are_embedded():
     for mode in ("L", "RGBA", "P", "I;16", "1", "CMYK"):
-        assert len(read(Turn("User", [Shown(Image.new(mode, (8, 8)))])).all("img")) == 1
+        assert len(read(Message("User", [Figure(Image.new(mode, (8, 8)))])).all("img")) == 1
 
 
 def test_a_gallerys_picture_shows_its_name_and_how_well_it_fits(tmp_path):
     picture().save(tmp_path / "red cat.png")
-    found = read(Turn("Assistant", [Shown(tmp_path / "red cat.png", 0.83125)]))
+    found = read(Message("Assistant", [Figure(tmp_path / "red cat.png", 0.83125)]))
     assert "red cat.png" in found.text and "0.831" in found.text
     assert str(tmp_path) not in found.text
 
 
 def test_a_picture_that_is_gone_leaves_its_name_and_the_words(tmp_path):
-    found = read(Turn("User", [Shown(tmp_path / "gone.png"), "What is it?"]),
-                 Turn("Assistant", [Word("a", None, [np.ones((2, 2))])]))
+    found = read(Message("User", [Figure(tmp_path / "gone.png"), "What is it?"]),
+                 Message("Assistant", [Word("a", None, [np.ones((2, 2))])]))
     assert "gone.png (cannot be read any more)" in found.text and "What is it?" in found.text
 
 
@@ -145,8 +145,8 @@ def maps_in(found: Read) -> list[dict[str, bytes]]:
 
 def test_maps_belong_to_the_last_pictures_before_the_word():
     one, two = np.array([[0.5, 0.0], [0.0, 0.0]]), np.array([[0.25, 0.25], [0.0, 0.0]])
-    found = read(Turn("User", [Shown(picture()), Shown(picture()), Shown(picture())]),
-                 Turn("Assistant", [Word("a", None, [one, two]), Shown(picture()),
+    found = read(Message("User", [Figure(picture()), Figure(picture()), Figure(picture())]),
+                 Message("Assistant", [Word("a", None, [one, two]), Figure(picture()),
                                     Word(" b", None, [two])]))
     assert maps_in(found) == [{"1": bytes([255, 0, 0, 0]), "2": bytes([128, 128, 0, 0])},
                               {"3": bytes([255, 255, 0, 0])}]
@@ -154,8 +154,8 @@ def test_maps_belong_to_the_last_pictures_before_the_word():
 
 def test_maps_of_pictures_that_are_not_in_the_page_or_were_not_seen_are_left_out():
     unseen, seen = np.zeros((2, 2)), np.eye(2)
-    found = read(Turn("User", [Shown(picture())]),
-                 Turn("Assistant", [Word("a", None, [seen, seen]), Word(" b", None, [unseen]),
+    found = read(Message("User", [Figure(picture())]),
+                 Message("Assistant", [Word("a", None, [seen, seen]), Word(" b", None, [unseen]),
                                     Word(" c", -0.5), Word(" d")]))
     assert maps_in(found) == [{"0": bytes([255, 0, 0, 255])}]
     assert [word for word in found.all("span") if word.get("tabindex")] == [
@@ -163,12 +163,12 @@ def test_maps_of_pictures_that_are_not_in_the_page_or_were_not_seen_are_left_out
 
 
 def test_a_words_probability_is_told():
-    (word,) = read(Turn("Assistant", [Word("cat", math.log(0.25))])).all("span")
+    (word,) = read(Message("Assistant", [Word("cat", math.log(0.25))])).all("span")
     assert word == {"title": "25.0 %"}
 
 
 def test_the_map_lies_on_the_part_that_the_model_sees():
-    found = read(Turn("User", [Shown(picture(), frame=(0.125, 0.0, 0.75, 1.0))]))
+    found = read(Message("User", [Figure(picture(), frame=(0.125, 0.0, 0.75, 1.0))]))
     assert found.all("canvas")[0]["style"] == "left:12.50%;top:0.00%;width:75.00%;height:100.00%"
 
 
@@ -214,8 +214,8 @@ addEventListener("load", () => {
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_in_a_browser_a_word_lays_its_map_over_its_picture(tmp_path):
     maps = [np.array([[0, 1], [1, 0.5]]), np.zeros((2, 2))]
-    turns = [Turn("User", [Shown(picture()), Shown(picture())]),
-             Turn("Assistant", [Word("a", None, [np.ones((2, 2))]), Word(" b", None, maps)])]
+    turns = [Message("User", [Figure(picture()), Figure(picture())]),
+             Message("Assistant", [Word("a", None, [np.ones((2, 2))]), Word(" b", None, maps)])]
     html = page.page(turns).replace("</body>", PROBE)
     (tmp_path / "probe.html").write_text(html, encoding="utf-8")
     done = subprocess.run(

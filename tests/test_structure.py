@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "parallel": {"vision", "model", "config", "ranks"},
     "checkpoint": {"ranks"},
     "runs": {"model", "tokenizer", "weights", "cli", "config", "optim", "start", "checkpoint"},
-    "plan": {"kernels", "model", "weights", "presets", "config", "optim", "parallel"},
+    "plan": {"kernels", "model", "weights", "presets", "config", "optim", "parallel", "cli"},
     "plot": {"files"},
     "scores": set(),
     "vqa": {"scores"},
