@@ -30,6 +30,7 @@ from formats import (
     ONE_WORD,
     coco_2017,
     gqa_picture,
+    options,
     picture_path,
     textvqa_picture,
     vqa_picture,
@@ -131,10 +132,6 @@ def check_pictures(questions: list[Question]) -> None:
 def with_suffix(folder: Path, *stems: str) -> PictureFile:
     return PictureFile(folder, tuple(stem + suffix for stem in stems
                                      for suffix in IMAGE_SUFFIXES))
-
-
-def options(choices: list[str], mark: str = "{}. ") -> str:
-    return "\n".join(mark.format(chr(65 + i)) + choice for i, choice in enumerate(choices))
 
 
 # ---------------------------------------------------------------------------------------------- MME

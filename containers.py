@@ -34,7 +34,8 @@ CANDIDATES = (
 )
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 LFS = b"version https://git-lfs"
-# What reading a damaged or hostile archive may end in.
+# What reading a damaged or hostile archive may end in: zipfile and struct on cut-off bytes, and a
+# pickle's opcodes, which run on whatever the bytes say, on any type, index, size or name.
 BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, ValueError,
           RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
           ImportError, AssertionError)
@@ -49,7 +50,7 @@ def weight_file(path: str | Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder or file; give the weights' file or their folder")
     names = [*CANDIDATES]
-    if (path / "open_clip_config.json").is_file():  # says more than the config.json beside it
+    if (path / "open_clip_config.json").is_file():  # says more than the config.json next to it
         names.sort(key=lambda name: not name.startswith("open_clip"))
     for name in names:
         if (path / name).is_file():
@@ -232,7 +233,7 @@ CUT = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0,
 def read_meta(folder: Path) -> dict[str, Tensor]:
     """consolidated.00.pth, .01.pth, ... -> whole matrices (llama, model.py: its parallel layers).
 
-    One file stays mapped; of several, every matrix is put together in memory of its own.
+    One file stays mapped; of several, every matrix is put together in its own memory.
     """
     files = sorted(folder.glob("consolidated.*.pth"))
     for number, file in enumerate(files):
@@ -246,13 +247,13 @@ def read_meta(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{file}: tensor {odd} is not in all of the {len(files)} files")
     if len(parts) == 1:
         return parts[0]
-    whole: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in list(parts[0]):
         pieces, words = [part.pop(name) for part in parts], name.split(".")
         dim = CUT.get(words[-2]) if len(words) > 1 else None
         try:
-            whole[name] = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
+            tensors[name] = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
         except RuntimeError:
             shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
             raise ValueError(f"{folder}: the files' parts of {name} do not fit: {shapes}") from None
-    return whole
+    return tensors

@@ -9,7 +9,7 @@ import base64
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from random import Random
 
 from boxes import BOX, picture_size, pixel_box, unpadded
 from documents import Document, Image, Ret, Segment, Text, caption_documents, chat_document
-from records import BadRecord, parsed
+from records import BadRecord, parse_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
@@ -31,17 +31,18 @@ class Reading:
 
     rng: Random
     chat: str = "nanovilla"
-    paraphrase: float = 0.0  # how often a caption is drawn among all that there are of it
+    paraphrase: float = 0.0  # how often a caption may be replaced by a paraphrase
     pictures: str = ""  # the folder that the names of pictures start from
     file: str = ""  # the file that the record stands in
-    find: Callable[[str, object], dict | None] = lambda table, key: None  # in the files beside it
+    find: Callable[[str, object], dict | None] = lambda table, key: None  # in its side tables
 
     def picture(self, *names: str) -> str:
         """The path of the first of these that is there. Raises BadRecord as picture_path()."""
         return picture_path(self.pictures, *names)
 
     def one_of(self, caption: str, others: list[str]) -> str:
-        """The caption, or one of it and its paraphrases; one of a single word never replaces it.
+        """With probability `paraphrase`, a random choice among the caption and its paraphrases, but
+        never one of a single word.
 
         (Fan et al. 2023, LaCLIP, arXiv:2305.20088, section 3.)
         """
@@ -68,7 +69,7 @@ def picture_path(folder: str, *names: str) -> str:
     raise BadRecord("missing picture", f"{names[0]} is not in {folder}")
 
 
-def one_line(text: object) -> str:
+def nonempty_line(text: object) -> str:
     """A caption or answer on one line. BadRecord if there is nothing in it, or it is no text."""
     line = " ".join(text.split()) if isinstance(text, str) else ""
     if not line:
@@ -76,15 +77,15 @@ def one_line(text: object) -> str:
     return line
 
 
-FORGIVEN = 3  # bytes of a text that are not UTF-8
+MAX_BAD_CHARACTERS = 3  # undecodable ones that a caption or an entry may have
 
 
-def words_of(content: bytes) -> str:
+def caption_text(content: bytes) -> str:
     """The text of a caption's file. A few bytes that are not UTF-8 are forgiven, more are not."""
     text = content.decode("utf-8-sig", errors="replace")
-    if text.count("\ufffd") > FORGIVEN:
+    if text.count("\ufffd") > MAX_BAD_CHARACTERS:
         raise BadRecord("not UTF-8", "the caption's bytes")
-    return one_line(text)
+    return nonempty_line(text)
 
 
 def as_lines(text: object) -> str:
@@ -108,32 +109,32 @@ def read_pair(sample: dict, reading: Reading) -> list[Document]:
     picture = next((sample[s[1:]] for s in IMAGE_SUFFIXES if s[1:] in sample), None)
     if picture is None:
         raise BadRecord("no picture in the sample", " ".join(sample))
-    about = parse(sample.get("json", b"{}"))
+    about = parse_entry(sample.get("json", b"{}"))
     sides = [about.get(f"original_{side}") for side in ("width", "height")]
     if any(isinstance(side, int | float) and side < MIN_ORIGINAL for side in sides):
         raise BadRecord("tiny original", f"{sides[0]} x {sides[1]} pixels")
     if isinstance(about.get("top_caption"), str):
-        caption = one_line(about["top_caption"])
+        caption = nonempty_line(about["top_caption"])
         others = about.get("all_captions")
     else:
         words = sample.get("txt")
-        caption = one_line(about.get("caption")) if words is None else words_of(words)
+        caption = nonempty_line(about.get("caption")) if words is None else caption_text(words)
         others = (reading.find("rewrites", sample["__key__"]) or {}).get("rewrites")
     others = [" ".join(line.split()) for line in others or [] if isinstance(line, str)]
     caption = reading.one_of(caption, [line for line in others if line not in ("", caption)])
     return caption_documents(picture, caption)
 
 
-def parse(content: bytes) -> dict:
+def parse_entry(content: bytes) -> dict:
     """A JSON object; BadRecord if it is none. A few bytes that are not UTF-8 are forgiven here,
     too."""
     try:
-        entry = parsed(content)
+        entry = parse_json(content)
     except ValueError:
         raise BadRecord("not JSON", "") from None
     if not content.isascii():
         seen = content.decode(errors="replace").count("\ufffd")
-        if seen - content.count("\ufffd".encode()) > FORGIVEN:
+        if seen - content.count("\ufffd".encode()) > MAX_BAD_CHARACTERS:
             raise BadRecord("not UTF-8", "the entry's bytes")
     if not isinstance(entry, dict):
         raise BadRecord("not as its format", f"{type(entry).__name__} instead of an object")
@@ -153,7 +154,7 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, str]]:
     pairs = []
     for picture in sorted(folder.iterdir()):
         if picture.suffix.lower() not in IMAGE_SUFFIXES or picture.name.startswith("."):
-            continue  # macOS leaves a hidden ._name.jpg beside each picture
+            continue  # macOS leaves a hidden ._name.jpg next to each picture
         text = picture.with_suffix(".txt")
         if not text.is_file():
             raise ValueError(f"{picture}: has no caption; write it into {text.name} beside it")
@@ -208,7 +209,8 @@ def read_blip(entry: dict, reading: Reading) -> list[Document]:
     turns = entry.get("conversations")
     if not isinstance(turns, list) or len(turns) < 2 or not isinstance(turns[1], dict):
         raise BadRecord("not as its format", "no list of conversations")
-    return caption_documents(reading.picture(entry.get("image")), one_line(turns[1].get("value")))
+    caption = nonempty_line(turns[1].get("value"))
+    return caption_documents(reading.picture(entry.get("image")), caption)
 
 
 ONE_WORD = "Answer the question using a single word or phrase."
@@ -219,8 +221,18 @@ DESCRIBE = "Please provide a short description for this region: {}."
 
 def ask(reading: Reading, picture: str, question: object, answer: object, suffix: str = ONE_WORD
         ) -> list[Document]:
-    question, answer = one_line(question), one_line(answer)
+    """One question about one picture. BadRecord if it or its answer has no words."""
+    question, answer = nonempty_line(question), nonempty_line(answer)
     return [chat_document([([picture], f"{question}\n{suffix}", answer)], reading.chat)]
+
+
+def options(choices: Iterable[str], mark: str = "{}. ") -> str:
+    """Choices by letter, one a line.
+
+    >>> options(["a cat", "a dog"])
+    'A. a cat\\nB. a dog'
+    """
+    return "\n".join(mark.format(chr(65 + i)) + choice for i, choice in enumerate(choices))
 
 
 def most_common(answers: object) -> str:
@@ -232,7 +244,8 @@ def most_common(answers: object) -> str:
 
 
 def read_vqa(entry: dict, reading: Reading) -> list[Document]:
-    """VQAv2 and OK-VQA; the answers stand in the annotations beside the questions."""
+    """VQAv2 (Goyal et al. 2017, arXiv:1612.00837) and OK-VQA (Marino et al. 2019,
+    arXiv:1906.00067): the answers are in the annotations next to the questions."""
     noted = reading.find("annotations", entry.get("question_id"))
     if noted is None:
         raise BadRecord("no answer for the question", f"question {entry.get('question_id')}")
@@ -242,25 +255,29 @@ def read_vqa(entry: dict, reading: Reading) -> list[Document]:
 
 
 def read_aokvqa(entry: dict, reading: Reading) -> list[Document]:
+    """A-OKVQA (Schwenk et al. 2022, arXiv:2206.01718): the choices, by letter."""
     choices, right = entry.get("choices"), entry.get("correct_choice_idx")
     if not isinstance(choices, list) or right not in range(len(choices)):
         raise BadRecord("no answer for the question", f"question {entry.get('question_id')}")
-    options = "\n".join(f"{chr(65 + i)}. {one_line(choice)}" for i, choice in enumerate(choices))
+    listed = options(map(nonempty_line, choices))
     return ask(reading, reading.picture(*coco_2017(entry, "")), entry.get("question"),
-               chr(65 + right), f"{options}\n{LETTER}")
+               chr(65 + right), f"{listed}\n{LETTER}")
 
 
 def read_gqa(entry: dict, reading: Reading) -> list[Document]:
+    """GQA (Hudson and Manning 2019, arXiv:1902.09506)."""
     return ask(reading, reading.picture(*gqa_picture(entry, "")), entry.get("question"),
                entry.get("answer"))
 
 
 def read_textvqa(entry: dict, reading: Reading) -> list[Document]:
+    """TextVQA (Singh et al. 2019, arXiv:1904.08920)."""
     return ask(reading, reading.picture(*textvqa_picture(entry, "")), entry.get("question"),
                most_common(entry.get("answers")))
 
 
 def read_clevr(entry: dict, reading: Reading) -> list[Document]:
+    """CLEVR (Johnson et al. 2017, arXiv:1612.06890)."""
     return ask(reading, reading.picture(*clevr_picture(entry, "")), entry.get("question"),
                entry.get("answer"))
 
@@ -275,7 +292,7 @@ def read_refcoco(entry: dict, reading: Reading) -> list[Document]:
     """A reference of RefCOCO, + or g: find what a phrase means, or say what a box holds.
 
     refs.json holds the list of references (converted once from the published pickle by somebody
-    who trusts it); instances.json beside it the boxes and the names of the pictures.
+    who trusts it); instances.json next to it the boxes and the names of the pictures.
     """
     noted = reading.find("annotations", entry.get("ann_id")) or {}
     shown = reading.find("images", entry.get("image_id")) or {}
@@ -284,7 +301,7 @@ def read_refcoco(entry: dict, reading: Reading) -> list[Document]:
         box = pixel_box(*noted["bbox"], picture_size(path))
     if not box:
         raise BadRecord("no box for the phrase", f"annotation {entry.get('ann_id')}")
-    phrases = [(one_line(sentence["sent"]), box) for sentence in entry["sentences"]]
+    phrases = [(nonempty_line(sentence["sent"]), box) for sentence in entry["sentences"]]
     return [chat_document(grounding_turns([path], phrases, reading.rng), reading.chat)]
 
 
@@ -297,7 +314,7 @@ def read_regions(entry: dict, reading: Reading) -> list[Document]:
         if all(isinstance(side, int | float) for side in sides):
             box = pixel_box(*sides, size)
             if box and str(r.get("phrase") or "").strip():
-                regions.append((one_line(r["phrase"]), box))
+                regions.append((nonempty_line(r["phrase"]), box))
     if not regions:
         raise BadRecord("no box for the phrase", f"picture {entry.get('id')}")
     chosen = reading.rng.sample(regions, min(MAX_REGIONS, len(regions)))
@@ -324,9 +341,9 @@ MAX_PICTURES = 6
 
 
 def read_mmc4(entry: dict, reading: Reading) -> list[Document]:
-    """MMC4: each picture stands before the sentence that it was matched with.
+    """MMC4: each picture comes before the sentence that it was matched with.
 
-    (Zhu et al. 2023, arXiv:2304.06939.) A picture comes as base64 or lies in the folder; those
+    (Zhu et al. 2023, arXiv:2304.06939.) A picture comes as base64 or is in the folder; those
     that are missing, tiny or unlike their sentence are left out.
     """
     sentences = entry.get("text_list")
@@ -348,6 +365,7 @@ def read_mmc4(entry: dict, reading: Reading) -> list[Document]:
 
 
 def mmc4_picture(info: dict, reading: Reading) -> bytes | str | None:
+    """The bytes or the path of a picture; None: missing, or tiny."""
     try:
         if "image_base64" in info:
             content = base64.b64decode(info["image_base64"] or "")
@@ -405,7 +423,7 @@ def read_own(entry: dict, reading: Reading) -> list[Document]:
                   {"user": "Show me another.", "assistant": {"image": "b.jpg"}}]}
 
     Text is learned where it says so; in a chat, the assistant's words are. {"ret": "b.jpg"} in a
-    document is the search for a picture. "id" names the sample. Any other word is refused.
+    document retrieves a picture. "id" names the sample. Any other word is refused.
     """
     unknown = set(entry) - {"id", "document", "chat"}
     if unknown or ("document" in entry) == ("chat" in entry):
@@ -451,6 +469,7 @@ def learned(part: dict) -> bool:
 
 
 def allow(part: dict, needed: set[str], also: set[str] = frozenset()) -> None:
+    """BadRecord unless an object has all these keys, and no others but `also`."""
     if not needed <= set(part) <= needed | also:
         raise BadRecord("not as its format", f"{{{', '.join(part)}}} where "
                         f"{{{', '.join(sorted(needed | also))}}} is meant")
@@ -492,17 +511,17 @@ def genome_picture(entry: dict, file: str) -> list[str]:
     return [name, f"VG_100K/{name}", f"VG_100K_2/{name}"]
 
 
-def beside_nothing(path: str) -> dict[str, tuple[str, str]]:
+def no_tables(path: str) -> dict[str, tuple[str, str]]:
     return {}
 
 
-def beside_vqa(path: str) -> dict[str, tuple[str, str]]:
+def vqa_tables(path: str) -> dict[str, tuple[str, str]]:
     folder, name = os.path.split(path)
     name = name.replace("OpenEnded_", "").replace("_questions", "_annotations")
     return {"annotations": (os.path.join(folder, name), "annotations")}
 
 
-def beside_refcoco(path: str) -> dict[str, tuple[str, str]]:
+def refcoco_tables(path: str) -> dict[str, tuple[str, str]]:
     boxes = os.path.join(os.path.dirname(path), "instances.json")
     return {table: (boxes, table) for table in ("annotations", "images")}
 
@@ -516,15 +535,13 @@ def refcoco_part(entry: dict, file: str) -> bool:
 
 @dataclass(frozen=True)
 class Format:
-    """How a published set is read. `where`: the key under which its list stands; `pictures`: the
-    names that an entry's picture may have; `part`: whether an entry of a file that holds several
-    splits is meant; `beside`: tables in other files, by name."""
+    """How a published set is read."""
 
     read: Callable[[dict, Reading], list[Document]]
-    where: str = ""
-    pictures: Callable[[dict, str], list[str]] | None = None
-    part: Callable[[dict, str], bool] | None = None
-    beside: Callable[[str], dict[str, tuple[str, str]]] = beside_nothing
+    list_key: str = ""  # the key whose value is the list; "": the file is the list
+    pictures: Callable[[dict, str], list[str]] | None = None  # names that an entry's may have
+    part: Callable[[dict, str], bool] | None = None  # of several splits, whether it is the one
+    side_tables: Callable[[str], dict[str, tuple[str, str]]] = no_tables  # (file, list_key) by name
 
 
 FORMATS = {
@@ -534,10 +551,10 @@ FORMATS = {
     "blip": Format(read_blip, pictures=llava_picture),
     "mmc4": Format(read_mmc4),
     "obelics": Format(read_obelics),
-    "refcoco": Format(read_refcoco, part=refcoco_part, beside=beside_refcoco),
+    "refcoco": Format(read_refcoco, part=refcoco_part, side_tables=refcoco_tables),
     "vg": Format(read_regions, pictures=genome_picture),
-    "vqav2": Format(read_vqa, "questions", vqa_picture, beside=beside_vqa),
-    "okvqa": Format(read_vqa, "questions", vqa_picture, beside=beside_vqa),
+    "vqav2": Format(read_vqa, "questions", vqa_picture, side_tables=vqa_tables),
+    "okvqa": Format(read_vqa, "questions", vqa_picture, side_tables=vqa_tables),
     "aokvqa": Format(read_aokvqa, pictures=coco_2017),
     "gqa": Format(read_gqa, pictures=gqa_picture),
     "textvqa": Format(read_textvqa, "data", textvqa_picture),
@@ -545,7 +562,7 @@ FORMATS = {
     "own": Format(read_own),
 }
 
-# What names and first lines say, for files that come without a NAME= in front.
+# How to tell the format when no NAME= is given: by the file's name, else by its first line.
 BY_NAME = {
     r"\.tar$": "shards", r"\.parquet$": "obelics", r"^blip_.*\.json$": "blip",
     r"^docs_shard_.*\.jsonl$": "mmc4", r"^refs.*\.json$": "refcoco",
@@ -568,7 +585,7 @@ def format_of(path: str) -> str:
                          f"name.jpg + name.txt; unpack it if it is packed")
     with open(path, "rb") as file:
         try:
-            entry = parsed(next(filter(bytes.strip, file), b""))
+            entry = parse_json(next(filter(bytes.strip, file), b""))
         except ValueError:
             entry = None
     for field_name, name in BY_FIELD.items():
@@ -579,7 +596,7 @@ def format_of(path: str) -> str:
 
 
 def there(entry: object, name: str, root: str, file: str) -> bool:
-    """Whether an entry is meant and its picture in the folder, or it needs none.
+    """Whether this entry belongs to the split and its picture exists, or it has none.
 
     Asked while indexing. `file`: the path of its file, or of several with :: between them.
     """

@@ -5,7 +5,7 @@
     llava.json              an element of its list, or a value of its object
 
 A stream cannot be resumed at sample 1,234,567 without reading all that comes before it. Here the
-first reading writes an index beside the file (`00000.tar.idx`; in a cache folder if that place is
+first reading writes an index next to the file (`00000.tar.idx`; in a cache folder if that place is
 read-only), 16 bytes a record, and sample n is then one read of its bytes, on any rank or worker.
 
     header   64 bytes: what was indexed (size, time of change), how many rows of each part
@@ -15,7 +15,8 @@ read-only), 16 bytes a record, and sample n is then one read of its bytes, on an
 
 One record of a thousand is held out by the hash of its key: the same on every machine, whatever
 the order of the samples. Tar members are named and grouped as webdataset does it, img2dataset's
-layout among others; https://github.com/webdataset/webdataset.
+layout among others; https://github.com/webdataset/webdataset. The tar reader is our own: it takes
+a sample's bytes alone, and tells a cut-off archive from a whole one.
 """
 
 import hashlib
@@ -39,9 +40,10 @@ from tqdm import tqdm
 from files import atomic_write, cache_folder, encodable
 
 HELD_OUT = 1000  # one record of so many is never trained on
+TRAIN, HELD, UNUSABLE = range(3)  # the parts of an index
 BLOCK = 512  # bytes; a tar consists of them
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("hash", "<u4")])
-HEADER = struct.Struct("<8sQQIQQQI8x")  # magic, size, time, about, rows of each part, cut off
+HEADER = struct.Struct("<8sQQIQQQI8x")  # magic, size, time, filter_id, rows of each part, cut off
 MAGIC = b"records1"
 OPEN_FILES = 256  # kept open, of each kind
 MAX_LENGTH = 2**32 - 1  # bytes of a record
@@ -127,7 +129,7 @@ def right_sum(header: bytes) -> bool:
 
 
 def number_in(field: bytes, base: int = 8) -> int:
-    """A number in a tar header: digits, or base 256 behind a first byte of 0x80; CutOff if none."""
+    """A number in a tar header: digits, or base 256 after a first byte of 0x80; CutOff if none."""
     if field[:1] >= b"\x80":
         return int.from_bytes(field[1:])
     digits = field.strip(b" \0") or b"0"
@@ -173,7 +175,7 @@ def key_and_extension(name: str) -> tuple[str, str] | None:
     return (found[1], found[2].lower()) if found else None
 
 
-def tar_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str]]:
+def tar_records(data: mmap.mmap, list_key: str) -> Iterator[tuple[int, int, str]]:
     """(offset, length, key) of every sample: neighbours that share a key, never others."""
     key = start = end = None
     cut = False
@@ -229,7 +231,7 @@ def key_of(entry: object, number: int | str) -> str:
                  if isinstance(fields.get(name), str | int)), str(number))
 
 
-def parsed(content: bytes) -> object:
+def parse_json(content: bytes) -> object:
     """JSON -> its value. ValueError if it is none.
 
     Bytes that are no UTF-8 and halves of characters (`"\\ud83d"`) become U+FFFD.
@@ -244,7 +246,7 @@ def parsed(content: bytes) -> object:
     return value
 
 
-def jsonl_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str | None]]:
+def jsonl_records(data: mmap.mmap, list_key: str) -> Iterator[tuple[int, int, str | None]]:
     """(offset, length, None) of every line that is not blank."""
     offset = 0
     while offset < len(data):
@@ -255,24 +257,24 @@ def jsonl_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str |
         offset = end + 1
 
 
-def json_records(data: mmap.mmap, where: str) -> Iterator[tuple[int, int, str | None]]:
+def json_records(data: mmap.mmap, list_key: str) -> Iterator[tuple[int, int, str | None]]:
     """(offset, length, key) of the elements of a list, or of the values of an object by key.
 
-    where: the top-level key under which the list stands; "": the file is the list, or the object.
+    list_key: the top-level key whose value is the list; "": the file is the list, or the object.
     ValueError where it breaks off, and if more than one value stands in it.
     """
     reader = JsonReader(data)
-    if where:
+    if list_key:
         reader.enter("{")
-        while reader.key() != where:
+        while reader.key() != list_key:
             reader.value()
             if reader.closes():
-                raise ValueError(f"has no {where!r}")
+                raise ValueError(f"has no {list_key!r}")
     named = reader.enter("[{") == "{"
     while not reader.closes():
         key = reader.key() if named else None
         yield *reader.value()[:2], key
-    if not where and not reader.ends():
+    if not list_key and not reader.ends():
         raise ValueError("holds more than one value; if each line is one, name it .jsonl")
 
 
@@ -326,7 +328,7 @@ class JsonReader:
 
     def key(self) -> str:
         offset, length, _ = self.value()
-        key = parsed(self.data[offset : offset + length])
+        key = parse_json(self.data[offset : offset + length])
         if not isinstance(key, str) or self.next() != ":":
             raise ValueError(f"has no key at byte {self.start + self.place}")
         self.place += 1
@@ -356,63 +358,67 @@ class JsonReader:
 KINDS = {".tar": tar_records, ".jsonl": jsonl_records, ".json": json_records}
 
 
-def index_path(path: str, where: str, about: int = 0) -> str:
-    """Where a file's index stands: beside it, or in a cache folder if that place is nobody's to
-    write and no index there is current."""
-    name = ".".join(filter(None, (path, where, f"{about:08x}" * (about != 0), "idx")))
-    if os.access(os.path.dirname(path) or ".", os.W_OK) or header_in(name, path, about):
+def index_path(path: str, list_key: str, filter_id: int = 0) -> str:
+    """Where a file's index is: next to it, or in the cache folder, if the data's folder is not
+    writable and has no current index."""
+    parts = [path, list_key, f"{filter_id:08x}" if filter_id else "", "idx"]
+    name = ".".join(part for part in parts if part)
+    if os.access(os.path.dirname(path) or ".", os.W_OK) or header_in(name, path, filter_id):
         return name
     hashed = hashlib.blake2b(os.path.abspath(name).encode(), digest_size=16).hexdigest()
     return os.path.join(cache_folder(), f"{hashed}.idx")
 
 
-def read_header(path: str, where: str, about: int) -> tuple[tuple[int, ...], bool] | None:
+def read_header(path: str, list_key: str, filter_id: int) -> tuple[tuple[int, ...], bool] | None:
     """(numbers of rows, whether the file is cut off); None: there is no index, or an old one."""
-    return header_in(index_path(path, where, about), path, about)
+    return header_in(index_path(path, list_key, filter_id), path, filter_id)
 
 
-def header_in(index: str, path: str, about: int) -> tuple[tuple[int, ...], bool] | None:
+def header_in(index: str, path: str, filter_id: int) -> tuple[tuple[int, ...], bool] | None:
     try:
         with open(index, "rb", buffering=0) as file:
             magic, *of, n_train, n_held_out, n_unusable, cut = HEADER.unpack(file.read(64))
     except (OSError, struct.error):
         return None
-    if magic != MAGIC or tuple(of) != identity(path, about):
+    if magic != MAGIC or tuple(of) != identity(path, filter_id):
         return None
     return (n_train, n_held_out, n_unusable), bool(cut)
 
 
-def identity(path: str, about: int) -> tuple[int, int, int]:
+def identity(path: str, filter_id: int) -> tuple[int, int, int]:
     status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, about
+    return status.st_size, status.st_mtime_ns, filter_id
 
 
-def write_index(path: str, where: str, usable: Callable | None, about: int) -> None:
+def write_index(path: str, list_key: str, usable: Callable | None, filter_id: int) -> None:
     """Find all records of a file. ValueError names the file if it is no JSON, or cut-off JSON."""
-    parts, cut = ([], [], []), False
+    parts, cut = ([], [], []), False  # rows to train on, held out, unusable
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         try:
-            for offset, length, key in KINDS[Path(path).suffix](data, where):
-                part = 2 * (length > MAX_LENGTH)
+            for offset, length, key in KINDS[Path(path).suffix](data, list_key):
+                usable_row = length <= MAX_LENGTH
                 if not path.endswith(".tar"):
                     entry = None
                     with suppress(ValueError):  # which is counted when it is to be read
-                        entry = parsed(data[offset : offset + length])
+                        entry = parse_json(data[offset : offset + length])
                     key = key or key_of(entry, sum(map(len, parts)))
                     if usable is not None and entry is not None and not usable(entry):
-                        part = 2
+                        usable_row = False
                 hashed = hash_of(key)
                 row = offset, min(length, MAX_LENGTH), hashed
-                parts[part or hashed % HELD_OUT == 0].append(row)
+                if not usable_row:
+                    parts[UNUSABLE].append(row)
+                else:
+                    parts[HELD if hashed % HELD_OUT == 0 else TRAIN].append(row)
         except CutOff:
             cut = True
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     rows = np.concatenate([np.array(part, ROW) for part in parts])
-    header = HEADER.pack(MAGIC, *identity(path, about), *map(len, parts), cut)
-    target = index_path(path, where, about)
+    header = HEADER.pack(MAGIC, *identity(path, filter_id), *map(len, parts), cut)
+    target = index_path(path, list_key, filter_id)
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         with atomic_write(target) as part:
@@ -425,26 +431,29 @@ def write_index(path: str, where: str, usable: Callable | None, about: int) -> N
 class Records:
     """The indexed files of a data set: `read(file, row)` gives the bytes of a record.
 
-    paths: .tar, .json or .jsonl. where: as in json_records. usable(entry): whether a JSON entry
-    can be used, asked while indexing (say, whether its picture is there); `about` stands for it
-    in the index; again=True asks anew. `counts` (files, 3): records to train on, held out,
-    unusable; `cut` (files,): which tars break off. Indexes that are missing or old are made first,
-    in parallel.
+    `counts` (files, 3): records to train on, held out, unusable; `cut` (files,): which tars break
+    off. Indexes that are missing or old are made first, in parallel.
     """
 
-    def __init__(self, paths: list[str], where: str = "", usable: Callable | None = None,
-                 about: int = 0, again: bool = False):
+    def __init__(
+        self,
+        paths: list[str],  # .tar, .json or .jsonl
+        list_key: str = "",  # as in json_records
+        usable: Callable | None = None,  # whether a JSON entry has its picture, say; while indexing
+        filter_id: int = 0,  # a number for `usable` in the index
+        again: bool = False,  # index anew, for `usable` may say something else now
+    ):
         self.paths = paths
-        missing = [path for path in paths if again or not read_header(path, where, about)]
-        build = partial(write_index, where=where, usable=usable, about=about)
+        missing = [path for path in paths if again or not read_header(path, list_key, filter_id)]
+        build = partial(write_index, list_key=list_key, usable=usable, filter_id=filter_id)
         if missing:
             with ProcessPoolExecutor(min(len(missing), os.cpu_count())) as pool:
                 each = pool.map if len(missing) > 1 else map
                 list(tqdm(each(build, missing), "indexing", len(missing), unit=" files"))
             open_rows.cache_clear()
             open_file.cache_clear()
-        self.indexes = [index_path(path, where, about) for path in paths]
-        headers = [read_header(path, where, about) for path in paths]
+        self.indexes = [index_path(path, list_key, filter_id) for path in paths]
+        headers = [read_header(path, list_key, filter_id) for path in paths]
         self.counts = np.array([counts for counts, _ in headers], np.int64).reshape(-1, 3)
         self.cut = np.array([cut for _, cut in headers], bool)
 
@@ -484,7 +493,7 @@ class Records:
                                self.span(file, offset - room, room), re.DOTALL)
             with suppress(ValueError):
                 if before:
-                    return parsed(before[1])
+                    return parse_json(before[1])
         return key_of(entry, "") or str(self.number(file, offset))
 
     def number(self, file: int, offset: int) -> int:

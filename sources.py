@@ -9,8 +9,8 @@ A data set is named `[NAME=]FILES[@PICTURES][*SHARE]`:
     mine.jsonl*0.2                       your own documents (formats.read_own), a fifth of all
 
 The NAME of a published set in formats.FORMATS chooses its reader; without one, the file does.
-Sources with shares are mixed in exactly these proportions, each going round at its own pace;
-without, all are one large set, every sample of it seen once an epoch.
+Sources with shares are mixed in exactly these proportions, each with its own epochs; without shares
+the sets are concatenated, and every sample is seen once an epoch.
 """
 
 import glob
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from documents import Document, Ret, caption_documents, chat_document
 from files import atomic_write, encodable, expand
-from formats import FORMATS, Reading, find_pairs, format_of, parse, there
+from formats import FORMATS, Reading, find_pairs, format_of, parse_entry, there
 from order import Order, Shares, rng_of
 from records import HELD_OUT, BadRecord, Records, hash_of, key_of, read_sample
 
@@ -65,8 +65,10 @@ class Spec:
         return Spec(files, name, pictures, share)
 
     def __str__(self) -> str:
-        return (f"{self.name}=" * bool(self.name) + self.files + f"@{self.pictures}" *
-                bool(self.pictures) + f"*{self.share}" * bool(self.share))
+        name = f"{self.name}=" if self.name else ""
+        pictures = f"@{self.pictures}" if self.pictures else ""
+        share = f"*{self.share}" if self.share else ""
+        return f"{name}{self.files}{pictures}{share}"
 
     def absolute(self) -> "Spec":
         """The same from wherever it is read."""
@@ -126,9 +128,9 @@ class Source:
         if strange:
             raise ValueError(f"{strange[0]}: {name} is read from {' '.join(kinds)} files alone; "
                              f"unpack it, or give it as a data set of its own")
-        paths = [rewritten(path) if path.endswith(".parquet") else path for path in paths]
+        paths = [parquet_to_jsonl(path) if path.endswith(".parquet") else path for path in paths]
         if name == "shards":
-            paths = self.finished(paths)
+            paths = self.without_unfinished_shards(paths)
         self.format = FORMATS[name]
         self.pictures = spec.pictures or os.path.dirname(paths[0]) or "."
         if not os.path.isdir(self.pictures):
@@ -136,10 +138,10 @@ class Source:
         usable = (self.format.pictures or self.format.part) and partial(
             there, name=name, root=self.pictures, file="::".join(paths))
         asked = "::".join(map(os.path.abspath, (self.pictures, *paths)))
-        about = hash_of(f"{name} {asked}") if usable else 0
-        self.records = Records(paths, self.format.where, usable, about)
-        if usable and self.came_back(usable):
-            self.records = Records(paths, self.format.where, usable, about, again=True)
+        filter_id = hash_of(f"{name} {asked}") if usable else 0
+        self.records = Records(paths, self.format.list_key, usable, filter_id)
+        if usable and self.pictures_came_back(usable):
+            self.records = Records(paths, self.format.list_key, usable, filter_id, again=True)
         self.paths, self.counts = paths, self.records.counts
         if n := int(self.counts[:, 2].sum()):
             why = (f"name pictures that are not in {self.pictures} (FILES@FOLDER names another "
@@ -148,33 +150,34 @@ class Source:
             self.notes.append(f"{n} of {self.counts.sum()} entries {why}")
         self.notes += [f"{path}: breaks off; its whole samples are used"
                        for path, cut in zip(paths, self.records.cut, strict=True) if cut]
-        self.beside = self.tables(paths)
+        self.side_tables = self.tables(paths)
 
     def tables(self, paths: list[str]) -> dict[str, tuple[Records, dict[int, int]]]:
-        """The files beside: each table's records, and which of its files goes with which path."""
+        """Side tables: each one's records, and which of its files goes with which path."""
         wanted: dict[tuple[str, str], dict[int, str]] = {}
         for i, path in enumerate(paths):
-            for table, (beside, where) in self.format.beside(path).items():
-                if not os.path.isfile(beside):
-                    raise ValueError(f"{path}: needs {beside} beside it, which is not there")
-                wanted.setdefault((table, where), {})[i] = beside
+            for table, (file, list_key) in self.format.side_tables(path).items():
+                if not os.path.isfile(file):
+                    raise ValueError(f"{path}: needs {file} beside it, which is not there")
+                wanted.setdefault((table, list_key), {})[i] = file
             rewrites = f"{path.removesuffix('.tar')}.rewrites.jsonl"
             if path.endswith(".tar") and os.path.exists(rewrites):
                 wanted.setdefault(("rewrites", ""), {})[i] = rewrites
-        return {table: (Records([*files.values()], where), {i: at for at, i in enumerate(files)})
-                for (table, where), files in wanted.items()}
+        return {table: (Records([*files.values()], list_key),
+                        {i: at for at, i in enumerate(files)})
+                for (table, list_key), files in wanted.items()}
 
-    def came_back(self, usable: Callable[[object], bool], most: int = 300) -> bool:
+    def pictures_came_back(self, usable: Callable[[object], bool], most: int = 300) -> bool:
         """Whether pictures that were missing when the files were indexed are there now."""
         for file, (n_train, n_held_out, n_missing) in enumerate(self.records.counts.tolist()):
             missing = range(n_train + n_held_out, n_train + n_held_out + n_missing)
             for row in Random(0).sample(missing, min(most, n_missing)):  # for all ranks the same
                 with suppress(BadRecord):
-                    if usable(parse(self.records.read(file, row))):
+                    if usable(parse_entry(self.records.read(file, row))):
                         return True
         return False
 
-    def finished(self, paths: list[str]) -> list[str]:
+    def without_unfinished_shards(self, paths: list[str]) -> list[str]:
         """Without the shards that img2dataset was still writing: their statistics are missing."""
         listed = {folder: set(os.listdir(folder or ".")) for folder in map(os.path.dirname, paths)}
         stats = [f"{os.path.basename(path)[:-4]}_stats.json" in listed[os.path.dirname(path)]
@@ -190,7 +193,7 @@ class Source:
         """(key, entry) of a sample, as its reader takes it."""
         try:
             content, is_tar = self.records.read(file, row), self.paths[file].endswith(".tar")
-            entry = read_sample(content) if is_tar else parse(content)
+            entry = read_sample(content) if is_tar else parse_entry(content)
         except BadRecord as error:
             error.key = f"at byte {self.records.place(file, row)[0]}"
             raise
@@ -208,27 +211,27 @@ class Source:
             raise BadRecord("not as its format", f"{type(error).__name__}: {error}") from None
 
     def find(self, file: int, row: int, table: str, key: object) -> dict | None:
-        """An entry of a table beside, by its key."""
-        records, files = self.beside.get(table, (None, {}))
+        """An entry of a side table, by its key; None: there is none."""
+        records, files = self.side_tables.get(table, (None, {}))
         at = files.get(file)
         found = None if at is None else records.find(at, str(key), near=row)
-        entry = None if found is None else parse(records.read(at, found))
+        entry = None if found is None else parse_entry(records.read(at, found))
         if entry is not None and key_of(entry, found) != str(key):
             # Of half a million keys, dozens have their 32 bits in common with another.
             same = np.flatnonzero(records.rows(at)["hash"] == hash_of(str(key))).tolist()
-            entries = (parse(records.read(at, row)) for row in same)
+            entries = (parse_entry(records.read(at, row)) for row in same)
             entry = next((e for e in entries if key_of(e, -1) == str(key)), None)
         return entry
 
     def fingerprint(self) -> int:
         """A number that changes with any file's name, size or number of records."""
-        paths = sum((records.paths for records, _ in self.beside.values()), self.paths)
+        paths = sum((records.paths for records, _ in self.side_tables.values()), self.paths)
         files = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
         return zlib.crc32(repr((files, self.counts.tolist())).encode())
 
 
-def rewritten(path: str) -> str:
-    """A .parquet file -> its rows as .jsonl beside it, written once; needs pyarrow."""
+def parquet_to_jsonl(path: str) -> str:
+    """A .parquet file -> its rows as .jsonl next to it, written once; needs pyarrow."""
     target = f"{path}.jsonl"
     if os.path.exists(target) and os.path.getmtime(target) >= os.path.getmtime(path):
         return target
@@ -301,7 +304,7 @@ def open_sources(texts: tuple[str, ...]) -> tuple[list[Source], list[Fraction]]:
 
 @dataclass
 class Sample:
-    """A sample of a run. `rng` draws what is drawn for it, its augmentation say; None: nothing."""
+    """A sample of a run. `rng`: for its random choices (augmentation); None: no augmentation."""
 
     file: str
     key: str
@@ -358,7 +361,7 @@ class Stream:
         return Sample(str(source.paths[file]), key, documents, rng)
 
     def file(self, number: int) -> str:
-        """The file that a sample stands in, for a report."""
+        """The file that a sample is in, for a report."""
         source, _, file, _ = self.place(number)
         return str(source.paths[file])
 

@@ -648,7 +648,7 @@ ANYTHING = st.recursive(
 def test_whatever_an_entry_holds_it_is_a_document_or_a_bad_record(name, entry):
     source = object.__new__(Source)
     source.format, source.pictures, source.paths = formats.FORMATS[name], ".", ["x_train2014.json"]
-    source.beside = {}
+    source.side_tables = {}
     try:
         documents = source.documents(0, 0, entry, Reading(Random(0)))
     except BadRecord as error:

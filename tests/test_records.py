@@ -266,13 +266,13 @@ def test_a_json_file_that_breaks_off_anywhere_is_refused_and_leaves_no_index(tmp
     for n in range(content.rindex(b"]")):
         path.write_bytes(content[:n])
         with pytest.raises(ValueError, match=rf"{path}: .* byte \d+") as error:
-            Records([str(path)], where="data")
+            Records([str(path)], list_key="data")
         assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["x.json"]
     for wrong, says in ((b'{"other": []}', "has no 'data'"), (b"[]", "instead of"),
                         (b"<html>", "instead of")):
         path.write_bytes(wrong)
         with pytest.raises(ValueError, match=says):
-            Records([str(path)], where="data")
+            Records([str(path)], list_key="data")
 
 
 @pytest.mark.parametrize("more", ['\n{"id": 2}', "\n[]", " x", ",\n1"])
@@ -292,7 +292,7 @@ def test_a_json_file_of_more_than_one_value_is_refused(tmp_path, more):
                                             {"\ufffd": ["\\ud83d"]}),
     (b'"caf\xe9"', "caf\ufffd"), ('"\U0001f600"'.encode(), "\U0001f600")])
 def test_text_of_json_can_always_be_encoded(content, value):
-    assert records.parsed(content) == value
+    assert records.parse_json(content) == value
 
 
 def test_a_key_of_half_a_character_is_found(tmp_path):
@@ -325,7 +325,7 @@ def test_an_entry_is_known_by_its_key_in_an_object_its_own_id_or_its_number(tmp_
         return [(files.key(0, row, entry), entry) for row, entry in found]
 
     assert dict(known("objects")) == objects == dict(known("ascii"))
-    assert {key: entry["n"] for key, entry in known("numbered", usable=even, about=1)} == {
+    assert {key: entry["n"] for key, entry in known("numbered", usable=even, filter_id=1)} == {
         str(i): i for i in range(4000)}
     assert sorted(key for key, _ in known("own")) == [f"own {i}" for i in range(5)]
 
@@ -382,10 +382,10 @@ def even(entry: dict) -> bool:
 
 def test_entries_that_cannot_be_used_stand_last(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join(entries(50)))
-    files = Records([str(tmp_path / "x.jsonl")], usable=even, about=1)
+    files = Records([str(tmp_path / "x.jsonl")], usable=even, filter_id=1)
     assert files.counts[0].tolist() == [25, 0, 25]
     assert all(even(json.loads(files.read(0, row))) == (row < 25) for row in range(50))
-    assert Records([str(tmp_path / "x.jsonl")], about=2).counts[0].tolist() == [50, 0, 0]
+    assert Records([str(tmp_path / "x.jsonl")], filter_id=2).counts[0].tolist() == [50, 0, 0]
 
 
 def odd(entry: dict) -> bool:
@@ -394,7 +394,7 @@ def odd(entry: dict) -> bool:
 
 def test_one_file_has_an_index_for_each_rule_of_what_can_be_used(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join(entries(50)))
-    one, two = (Records([str(tmp_path / "x.jsonl")], usable=usable, about=about)
+    one, two = (Records([str(tmp_path / "x.jsonl")], usable=usable, filter_id=about)
                 for usable, about in ((even, 1), (odd, 2)))
     for files, usable in ((one, even), (two, odd)):
         assert all(usable(json.loads(files.read(0, row))) for row in range(25))
