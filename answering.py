@@ -1,7 +1,7 @@
 """Answers of a model to many questions: side by side, and kept as they come.
 
-`answer_each` gives answers as they are done; `collect` appends them to a file of lines, one object
-each, in which a run that was killed goes on, and of which every rank writes a part of its own.
+`answer_each` yields answers as they are done. `collect` appends them to a file, one JSON object a
+line, in which a run that was killed goes on; every rank writes its own part of it.
 """
 
 import json
@@ -49,7 +49,7 @@ def answer_each(model: VisionLanguageModel, tokenizer: Tokenizer, documents: Ite
                 n_beams: int = 1, max_new_tokens: int = 96, **options
                 ) -> Iterator[tuple[int, Answer]]:
     """(number, answer) of every document as it is done, side_by_side of them at a time: where one
-    ends, the next begins. Greedy unless `options` of generate(), or n_beams, say otherwise.
+    ends, the next begins. Greedy, unless `options` of generate(), or n_beams, say otherwise.
 
     ValueError if a document cannot be asked: too long, too many pictures, one that cannot be read;
     with `refused`, that is called with the line instead, and the document answered by nothing.
@@ -124,8 +124,8 @@ def readable(document: Document, tokenizer: Tokenizer, config: ModelConfig) -> E
 def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Question],
             document_of: Callable, answer_of: Callable, longest: int, path: Path, ranks: Ranks,
             what: str = "", n_beams: int = 1) -> None:
-    """Answer what has no answer in `path` yet, and append to it; each rank has a part of its own
-    until all of them are done."""
+    """Answer what has no answer in `path` yet, and append to it; until all ranks are done, each
+    writes its own part."""
     known = known_answers(path)
     for question in questions:
         before = known.get(question.id, {}).get("asked")
@@ -156,17 +156,19 @@ def collect(model: VisionLanguageModel, tokenizer: Tokenizer, questions: list[Qu
 
 
 def not_asked(why: str) -> None:
+    """Report a question that cannot be put to the model."""
     sys.stderr.write(f"not asked: {why}\n")
 
 
 def asked_of(question: Question) -> int:
-    """A number for what is asked, by its words and pictures."""
+    """A checksum of a question's words and of its pictures."""
     names = [str(p.names) if isinstance(p, PictureFile) else zlib.crc32(bytes(p))
              for p in question.pictures]
     return zlib.crc32(json.dumps([question.text, names]).encode())
 
 
 def parts_of(path: Path) -> list[Path]:
+    """The files into which ranks write their answers."""
     return sorted(path.parent.glob(f"{path.stem}.*.part.jsonl"))
 
 

@@ -1,18 +1,18 @@
 """How fast: against what else is installed and against the machine's own limits, in one run.
 
-    python bench.py kernels      attention and the loss beside their peers; without a GPU, and
+    python bench.py kernels      attention and the loss, and their peers; without a GPU, and
                                  without --case, resources as well
     python bench.py resources    every Triton kernel compiled for A100 and H100: registers, spills,
                                  shared memory
     python bench.py load         a LLaMA of 3.4 B parameters in Hugging Face's and in Meta's files,
                                  opened by us and by transformers; needs 14 GB of disk
-    python bench.py data         pictures of tar shards as they come out of the loader, beside
-                                 webdataset + Pillow
-    python bench.py train        a training step of a small IDEFICS on the CPU, beside transformers
+    python bench.py data         pictures of tar shards as they come out of the loader,
+                                 compared with webdataset + Pillow
+    python bench.py train        a training step of a small IDEFICS on the CPU, and transformers'
     python bench.py decode       words written by villa-1b on a CPU, villa-7b on CUDA, or --preset
-                                 NAME, in bf16 and in int8, beside transformers; and by the tiny one
+                                 NAME, in bf16, in int8 and by transformers; and by the tiny one
     python bench.py train --preset villa-7b    or what else train.py takes: a step of that run on
-                                 the device at hand, beside its limits
+                                 the device at hand, compared with its limits
 
 `--json FILE` appends what was measured as one line. First come the machine and its ceilings, taken
 in the same run: a share of them says more than a number. FLOPs count useful scores only, those
@@ -58,6 +58,8 @@ from published import HF_LLAMA, META_LLAMA
 from resources import resources
 from vision import VisionConfig
 from weights import filled, read_checkpoint, shapes
+
+MIN_TURNS = 5  # of each way, however long they take
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -126,6 +128,7 @@ def append(path: str, line: str) -> None:
 
 
 def versions() -> dict:
+    """The machine, what it runs, and this code's commit."""
     gpu = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else ""
     return {
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
@@ -152,6 +155,7 @@ def ceilings() -> dict:
 
 
 def power_cap() -> str:
+    """The GPU's power limit as nvidia-smi gives it, or "unknown"."""
     if not shutil.which("nvidia-smi"):
         return "unknown"
     done = subprocess.run(["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader"],
@@ -166,7 +170,7 @@ def default_device() -> tuple[str, torch.dtype]:
 def measure(contestants: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
     """Seconds of a call of each: [p20, median, p80] over turns; on CUDA with a cold L2 cache.
 
-    Each turn has an order of its own: what ran before leaves caches and memory behind.
+    Each turn has its own order: what ran before has filled caches and memory.
     """
     device, _ = default_device()
     rng = random.Random(0)
@@ -175,7 +179,7 @@ def measure(contestants: dict[str, Callable], seconds: float) -> dict[str, list[
     for call in contestants.values():  # compiles, allocates
         call()
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(next(iter(taken.values()))) < 5:
+    while time.perf_counter() < until or len(next(iter(taken.values()))) < MIN_TURNS:
         for name, call in rng.sample([*contestants.items()], len(contestants)):
             if flush is None:
                 began = time.perf_counter()
@@ -282,7 +286,7 @@ def case_names() -> list[str]:
 
 
 def kernels(seconds: float, only: str) -> list[dict]:
-    """Every case, forward, backward and both, beside every peer that can compute it."""
+    """Every case, forward, backward and both, of ours and of every peer that can compute it."""
     rows = []
     print(f"{'':26}{'':9}{'ms':>9}{'TFLOP/s':>9}{'tiles':>7}{'error':>9}   times as fast as ...",
           flush=True)
@@ -300,6 +304,7 @@ def kernels(seconds: float, only: str) -> list[dict]:
 
 
 def inputs(case: Case) -> list[torch.Tensor]:
+    """Random q (T, H, D), k and v (S, Hkv, D) of a case, the same each time."""
     device, dtype = default_device()
     generator = torch.Generator(device=device).manual_seed(0)
     shapes = [(len(case.start), case.n_heads)] + [(case.n_keys, case.n_kv_heads)] * 2
@@ -344,6 +349,7 @@ class Contestant:
     leaves: tuple[torch.Tensor, ...]  # what it reads, in this contestant's own layout
 
     def timed(self, way: str) -> Callable:
+        """What is timed: "forward", "backward" or "both"."""
         if way == "forward":
             return torch.no_grad()(self.call)
         o = self.call()
@@ -385,7 +391,7 @@ def tile_use(case: Case, role: str, q: torch.Tensor) -> float | None:
 
 def padded_sdpa(case, q, k, v, start, end) -> Contestant | None:
     """Documents padded to the longest, as other code bases batch them; the padding needs no mask,
-    since it stands behind every real key."""
+    since it comes after every real key."""
     if not case.causal and len(set(case.k_lengths)) > 1:
         return None
     n, m, s = len(case.q_lengths), int(case.q_lengths.max()), int(case.k_lengths.max())
@@ -498,7 +504,7 @@ PEERS: dict[str, Callable] = {
 
 
 def losses(seconds: float) -> list[dict]:
-    """linear + cross-entropy beside torch's own on full logits: time and peak memory."""
+    """linear + cross-entropy, compared with torch's own on full logits: time and peak memory."""
     device, dtype = default_device()
     T, C, V = (8192, 4096, 32000) if device == "cuda" else (2048, 256, 32000)
     generator = torch.Generator(device=device).manual_seed(0)
@@ -544,7 +550,7 @@ def load(shape: dict, rounds: int, folder: str | None) -> list[dict]:
     """Seconds until a published LLaMA is open, and until every page of it has been read once.
 
     All files are in the page cache. `read` is the limit: their bytes, read into one small buffer.
-    Each way has a process of its own, whose imports do not count; memory is what the process grew
+    Each way has its own process, whose imports do not count; memory is what the process grew
     by, at its peak: anonymous (its own), and with the pages of mapped files, which are the cache's.
     """
     rows = []
@@ -612,7 +618,7 @@ def write_llama(folder: Path, shape: dict, layout: str) -> None:
 
 
 def load_once(way: str, folder: str) -> None:
-    """One way to open a folder, in a process of its own; prints what it took as JSON."""
+    """One way to open a folder, called in a new process; prints what it took as JSON."""
     path = Path(folder)
     if way == "transformers":
         from transformers import LlamaForCausalLM  # this one, for Auto... imports it when called

@@ -1,7 +1,7 @@
 """How fast data arrives: bench.py data.
 
     one process     images/s of one core: tar shards of 640 x 480 JPEGs to batches of 224 px, with
-                    random crops, beside webdataset + Pillow + the usual transform
+                    random crops, and webdataset + Pillow + the usual transform
     workers         the same from two worker processes
     index           samples/s while shards are indexed
     first batch     seconds until a set of 330 indexed shards gives one

@@ -1,17 +1,17 @@
-"""How fast words are written: bench.py decode, beside transformers and beside the memory's speed.
+"""How fast words are written: bench.py decode, compared with transformers and the memory's speed.
 
 A preset's own shape with random weights in bf16 goes on with a prompt of random words, greedily and
-without an end, alone and (on CUDA) sixteen at once:
+without an end, one document and (on CUDA) sixteen at once:
 
     bf16            ours
     int8            ours, the decoder's layers int8 (quantised.py)
     transformers    LlamaForCausalLM.generate of the very same bf16 tensors, with its growing and
                     with its static cache; the faster one is the peer. It sees no picture, so it
-                    stands beside the text alone.
+                    is compared on text only.
 
 One word reads all weights of the decoder once, so a way's limit is its bytes by the speed at which
-memory is copied, measured in the same run; `share` is how much of that speed it reaches. Timed are
-the words behind the first one, whose pass reads the prompt. The built-in model comes last.
+memory is copied, measured in the same run; `share` is how much of that speed it reaches. The first
+word is not timed: its pass reads the prompt. The built-in model comes last.
 """
 
 import random
@@ -126,7 +126,7 @@ def llama(config: ModelConfig, state: dict[str, torch.Tensor], device: torch.dev
         model = LlamaForCausalLM(theirs)
     model.load_state_dict({original(name, family, c): tensor for name, tensor in state.items()
                            if name.split(".")[0] in family.parts}, assign=True)
-    model.model.rotary_emb = LlamaRotaryEmbedding(theirs).to(device)  # holds numbers of its own
+    model.model.rotary_emb = LlamaRotaryEmbedding(theirs).to(device)  # its buffers are not saved
     return model.eval()
 
 
@@ -171,7 +171,7 @@ class Clock:
 
 
 def peer(model: nn.Module, batch: Batch, **options) -> Way:
-    """Prompts of equal lengths; it streams one document alone, and of more times all of it."""
+    """Prompts of equal lengths. It streams only one document; of several, the whole is timed."""
     n = len(batch.text_start.unique())
     tokens = batch.tokens.view(n, -1)
 

@@ -1,8 +1,8 @@
-"""How fast a training step is: bench.py train, on the CPU beside transformers, and bench.py train
---preset villa-7b, the real shape on the device at hand beside its limits.
+"""How fast a training step is: bench.py train, on the CPU compared with transformers, and bench.py
+train --preset villa-7b, the real shape on the device at hand compared with its limits.
 
-One step is forward, backward, clipping and AdamW, by parallel.train_step and beside it by
-transformers' IdeficsForVisionText2Text: the same weights, read from the same folder, the same
+One step is forward, backward, clipping and AdamW, by parallel.train_step and by transformers'
+IdeficsForVisionText2Text: the same weights, read from the same folder, the same
 captions and pictures, all parameters trained but those of the vision tower, fused AdamW in both.
 
     ours            captions end to end, nothing padded
@@ -269,7 +269,7 @@ def show(row: dict) -> None:
 
 
 def of_preset(seconds: float, flags: list[str]) -> dict:
-    """A training step of a preset on one device: samples/s, MFU, memory beside what was planned."""
+    """A training step of a preset on one device: samples/s, MFU, memory and what was planned."""
     c, ranks = parse([*flags, "--init", "none"], "bench.py"), this_rank()
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
@@ -306,8 +306,8 @@ def of_preset(seconds: float, flags: list[str]) -> dict:
 
 def ready(model: VisionLanguageModel, c: TrainConfig, samples: int, n_tokens: int,
           device: torch.device) -> tuple[Step, Work]:
-    """A step on the same captions again and again, each with the search for its picture if the
-    model learns that, and what it works through."""
+    """A step on the same captions again and again, each with the retrieval of its picture if
+    the model learns that; and what a step works through."""
     config, optimizer = model.config, make_optimizer(model, c)
     n_documents = documents_of(config, c.stages[0])
     batch = batch_of(config, samples, n_documents, n_tokens).to(device)
@@ -324,7 +324,7 @@ def ready(model: VisionLanguageModel, c: TrainConfig, samples: int, n_tokens: in
 
 def batch_of(config: ModelConfig, samples: int, n_documents: int, n_tokens: int) -> Batch:
     """What plan.work_of counts: samples of a picture, a caption of n_tokens that shows it and, as a
-    second document, the search for it."""
+    second document, its retrieval."""
     rng = np.random.default_rng(0)
     image, size = config.decoder.vocab_size, config.vision.image_size
     made = []

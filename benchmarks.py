@@ -44,11 +44,11 @@ PLACE = "\ufffc"  # Unicode's mark for an object that is no text
 @dataclass(frozen=True)
 class Question:
     id: str
-    text: str  # PLACE in it is where a picture stands; without one, they stand in front
+    text: str  # PLACE marks where a picture goes; without one, they all come first
     pictures: tuple  # PictureFiles, the bytes of files, or pixels
     row: dict  # what the scorer needs, named as published
     form: str = ""  # the kind of answer asked for, one of scores.FORMS; "": sentences
-    bare: tuple[str, str] = ("", "")  # for prompts with examples: the question alone, its answer
+    bare: tuple[str, str] = ("", "")  # for prompts with examples: only the question, and its answer
     right: str = ""  # the right answer, for a reader of mistakes, if it is not bare[1]
 
 
@@ -402,7 +402,7 @@ def refcoco_questions(folder: Path, split: str) -> Iterator[Question]:
 
 def score_captions(rows: dict, answers: dict, *, clean: bool = False) -> Result:
     """BLEU, ROUGE-L and CIDEr-D x 100 of the pictures that have a caption, as coco-caption scores;
-    clean: a missing one is an empty one. Domains (NoCaps) are corpora of their own."""
+    clean: a missing one is an empty one. Each domain (NoCaps) is a corpus."""
     parsed = parse_all(rows, answers, lambda row, text: " ".join(text.split()))
     written = {key: text or "" for key, text in parsed.items() if clean or key in answers}
     if not written:
@@ -447,7 +447,7 @@ def score_vqa_variant(rows: dict, answers: dict, *, clean: bool = False,
 
 def score_aokvqa_variant(rows: dict, answers: dict, *, clean: bool = False,
                  direct: bool = True) -> Result:
-    if not direct:  # a letter stands for its choice's text
+    if not direct:  # a letter means its choice's text
         answers = {key: named(text, rows[key]["choices"]) if key in rows else text
                    for key, text in answers.items()}
     return vqa.score_aokvqa(rows, answers, direct=direct)

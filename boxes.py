@@ -29,7 +29,7 @@ def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
 
 
 def picture_size(reference: object) -> tuple[int, int]:
-    """(width, height) of a picture by its path or the bytes of its file, the header alone."""
+    """(width, height) of a picture by its path or its file's bytes; only the header is read."""
     try:
         with PIL.Image.open(io.BytesIO(reference) if isinstance(reference, bytes)
                             else reference) as image:

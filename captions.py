@@ -26,7 +26,8 @@ Image = Hashable
 
 SPELLINGS = str.maketrans({
     "“": '"', "”": '"', "`": " ", "‘": "'", "’": "'", "–": " -- ", "—": " -- ", "…": " ... ",
-    "£": "#", "€": "$", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ",
+    "£": "#", "€": "$",  # as the PTB tokenizer writes them
+    "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ",
 })
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 # PTB drops brackets only in capitals, and all is lower case by then: they stay.
@@ -221,7 +222,7 @@ CHAIR_WORD = re.compile(r"""'\w+|(?:[^\s;@#$%&?!()\[\]{}<>",:'.]|\.(?=\w))+|\S""
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words for objects, and the object that each stands for."""
+    """The words for objects, and the object that each one means."""
 
     object_of: dict[str, str]  # {"puppy": "dog", ...}
     words: set[str]  # all of these, and those of the pairs, one by one

@@ -37,7 +37,7 @@ from model import VisionLanguageModel
 from tokenizer import StreamDecoder, Tokenizer, answer_pieces
 from vision import PictureError, open_image
 
-MARK = "<image>"  # in a question: a picture stands here
+MARK = "<image>"  # in a question: a picture goes here
 MOST_FOUND = 4  # pictures in an answer: a model may say <ret> without end
 
 
@@ -121,8 +121,8 @@ class Conversation:
             ) -> Iterator[str | ShownPicture]:
         """The answer, piece by piece; the turn is kept as far as they were taken.
 
-        Pictures stand where the question has MARK, else in front. ValueError, with the
-        conversation as it was, if the question alone is too long or its pictures are too many.
+        Pictures go where the question has MARK, else in front. ValueError, with the
+        conversation as it was, if the question itself is too long or its pictures are too many.
         """
         # A terminal's bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes.
         question, before = question.encode("utf-8", "replace").decode("utf-8"), self.forgotten
@@ -262,7 +262,7 @@ class Conversation:
 
 
 def ended(words: str, stops: list[str]) -> int:
-    """Where an answer ends: at the first of these texts, else behind its last character.
+    """Where an answer ends: at the first of these texts, else after its last character.
 
     >>> ended("a cat. User: and", ["User:", "."]), ended("a cat", ["."])
     (5, 5)

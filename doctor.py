@@ -164,7 +164,7 @@ def check(sources: list[Source], workers: int, sheet: Path, model: str) -> None:
 
 
 def examine(examined: Examined, workers: int) -> Found:
-    """All samples, read by so many processes."""
+    """What is in all samples, which `workers` processes read."""
     found = Found()
     chosen = set(random.Random(0).sample(range(len(examined)), min(SHOWN, len(examined))))
     batches = DataLoader(examined, batch_size=32, num_workers=workers, collate_fn=list,

@@ -36,7 +36,7 @@ class Image:
 class Ret:
     """The model answers with a picture here: <ret>, pulled towards `reference`'s feature.
 
-    `learn` trains the model to *say* <ret> at this place, too; a caption's search does not.
+    `learn` trains the model to *say* <ret> at this place, too; retrieval by a caption does not.
     """
 
     reference: object
@@ -48,7 +48,7 @@ Document = list[Segment]
 
 
 def caption_documents(image: object, caption: str) -> list[Document]:
-    """A caption pair as two documents: the picture's caption, and the caption's search for it."""
+    """A caption pair as two documents: the picture's caption, and its retrieval by the caption."""
     return [[Image(image), Text(caption, learn=True)], [Text(caption), Ret(image)]]
 
 
@@ -56,7 +56,7 @@ def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "
                   first: bool = True) -> Document:
     """Turns of (pictures shown, question, answer) -> a document in a chat template.
 
-    An answer is words, a Ret (the model answers with that picture, which then stands in the text
+    An answer is words, a Ret (the model answers with that picture, which is then part of the text
     and can be asked about), or None: the model is to answer now.
     """
     document: Document = []
@@ -74,7 +74,7 @@ def chat_document(turns: list[tuple[list, str, str | Ret | None]], chat: str = "
 
 
 def asking(pictures: list, question: str, chat: str, mark: str, first: bool = True) -> Document:
-    """A question to be answered now: pictures stand where it has the mark, else in front.
+    """A question to be answered now: pictures go where it has the mark, else in front.
 
     `first`: nothing was said before. ValueError if it has other than as many marks as there are
     pictures, and more than none.
@@ -91,7 +91,7 @@ def asking(pictures: list, question: str, chat: str, mark: str, first: bool = Tr
 
 
 def without_last(document: Document) -> Document:
-    """A document without the last thing in it that is learned, and what stands around that.
+    """A document without its last question and answer.
 
     >>> cat, dog = Text("a cat", learn=True), Text("a dog", learn=True)
     >>> without_last([Text("What?"), cat, Text("What else?"), dog]) == [Text("What?"), cat]
@@ -106,9 +106,9 @@ def without_last(document: Document) -> Document:
 
 
 def is_page(document: Document) -> bool:
-    """Whether it is a caption, its search or an interleaved page: something that may end anywhere.
+    """Whether it is a caption, its retrieval or an interleaved page, which may be cut at any token.
 
-    In a conversation words are given behind the first picture, too.
+    A conversation is none: some words after its first picture are not learned.
 
     >>> [is_page(document) for document in caption_documents("cat.jpg", "a red cat")]
     [True, True]

@@ -411,6 +411,7 @@ def main() -> None:
 
 
 def list_benchmarks() -> None:
+    """Print every benchmark with the files that its folder holds, and its questions' ids."""
     print("drawn\n    nothing; the drawn world's exam\nretrieval\n    as coco or flickr30k")
     for name, b in BENCHMARKS.items():
         print(f"{name}\n    {b.files.format(split=b.split)}\n    ids: {b.id_format}")

@@ -25,7 +25,7 @@ from model import VisionLanguageModel
 from scores import bootstrap, is_right
 from tokenizer import Tokenizer
 
-GALLERY = 50  # pictures among which a <ret> has to find the right one
+GALLERY = 50  # pictures among which a <ret> has to choose the right one
 BATCH = 64  # questions answered side by side
 NAMES = {"what": "what", "colour": "colour", "yes/no": "yes/no", "how many": "how many",
          "where": "where", "box": "box, IoU ≥ 0.5", "find": "find in a box",
@@ -94,8 +94,9 @@ def find_pictures(model: VisionLanguageModel, tokenizer: Tokenizer, searches: li
     return similarity.diag() > similarity.gather(1, others).max(1).values
 
 
-def drawn_exam(model, tokenizer, n: int, *, kinds=world.KINDS_OF_QUESTION, seed: int = 0,
-               baseline: bool = True, new: bool = True, keep: list[Asked] | None = None
+def drawn_exam(model: VisionLanguageModel, tokenizer: Tokenizer, n: int, *,
+               kinds=world.KINDS_OF_QUESTION, seed: int = 0, baseline: bool = True,
+               new: bool = True, keep: list[Asked] | None = None
                ) -> dict[str, dict[str, float]]:
     """Accuracy by kind: {"test": {...}, "blank": {...}, "new": {...}}, each 0..1.
 

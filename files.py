@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 
-MAX_NAMES = 10_000_000  # that a pattern may stand for
+MAX_NAMES = 10_000_000  # that a pattern may mean
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def alternatives(inside: str) -> list[str]:
-    """What stands between braces -> what it stands for."""
+    """What is between braces -> the names that it means."""
     number = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?", inside)
     if not number:
         return inside.split(",") if "," in inside else ["{" + inside + "}"]

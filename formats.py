@@ -27,13 +27,13 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 @dataclass
 class Reading:
-    """What a reader may use besides the record."""
+    """What a reader may use, besides the record."""
 
     rng: Random
     chat: str = "nanovilla"
     paraphrase: float = 0.0  # how often a caption may be replaced by a paraphrase
     pictures: str = ""  # the folder that the names of pictures start from
-    file: str = ""  # the file that the record stands in
+    file: str = ""  # the file that the record is in
     find: Callable[[str, object], dict | None] = lambda table, key: None  # in its side tables
 
     def picture(self, *names: str) -> str:
@@ -176,7 +176,7 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, str]]:
 def read_llava(entry: dict, reading: Reading) -> list[Document]:
     """LLaVA-Instruct, its mixtures, ShareGPT4V, blip_laion_cc_sbu: turns about one picture or none.
 
-    Wherever <image> stands in the first turn, the picture comes first. Boxes are given in a frame
+    Wherever <image> is in the first turn, the picture comes first. Boxes are given in a frame
     padded to a square; they come out as fractions of the picture itself.
     """
     turns = entry.get("conversations")

@@ -4,7 +4,7 @@
     write("chat.html", [Message("User", [Figure("cat.jpg"), "What is it?"]),
                         Message("Assistant", [Word("a cat", -0.1, maps)])])
 
-The page is a single file that loads nothing: pictures are data URIs, style and script stand in it,
+The page is a single file that loads nothing: pictures are data URIs, style and script are inline,
 and its Content-Security-Policy forbids the rest. Without a script it is the plain transcript; with
 it, a word that is pointed at, tapped or focused lays its map over the pictures it looked at. Maps
 are whole numbers of 0..255, a byte a patch; looking.py makes them and explains their colours.
@@ -35,7 +35,7 @@ WHOLE: Frame = (0.0, 0.0, 1.0, 1.0)
 class Word:
     """A word of an answer as it is written, the blank in front of it included.
 
-    maps: a (side, side) array of weights for each picture that stands before it, the last
+    maps: a (side, side) array of weights for each picture that comes before it, the last
     len(maps) of them in reading order; none: not known where it looked.
     """
 
@@ -109,7 +109,7 @@ def picture_html(shown: Figure, number: int) -> str:
 
 
 def word_html(word: Word, n_pictures: int) -> str:
-    """A span that can be pointed at if it has a map; n_pictures stand before it in the page."""
+    """A span that can be pointed at if it has a map; n_pictures come before it in the page."""
     text, marks = escaped(word.text), ""
     if word.logprob is not None:
         marks += f' title="{100 * math.exp(word.logprob):.1f} %"'

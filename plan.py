@@ -4,7 +4,7 @@
 
 Plain formulas; each says what it counts. One multiply-add is 2 FLOPs. A matrix that is trained
 costs 3 times its forward pass, one that is frozen but lets gradients through 2 times, and one that
-is frozen with nothing trained below it costs its forward pass alone: counting all of them 3 times
+is frozen with nothing trained below it costs only its forward pass: counting all of them 3 times
 would flatter a run with frozen parts.
 
 Letters as in model.py, but v, d, r are the configs of vision, decoder and resampler, and P counts
@@ -196,7 +196,7 @@ def activations(c: TrainConfig, model: VisionLanguageModel, work: Work) -> float
     kept += 2 * (2 if config.image_norm and not config.resampler else 1) * seen * v.dim
     if config.resampler:
         kept += resampled(config, work.images)
-    # Beside all this, the ViT's own forward pass is small: it is over before the decoder begins.
+    # Next to all this, the ViT's own forward pass is small: it is over before the decoder begins.
     return max(kept + 2 * 3 * work.tokens * d.dim,
                2 * eye * (3 * v.dim + 2 * v.hidden_dim))
 
@@ -256,6 +256,7 @@ def plan(c: TrainConfig) -> str:
 
 
 def plan_stage(c: TrainConfig, number: int) -> list[str]:
+    """The lines of one stage; c: a config of that stage only."""
     n_ranks, gpu = c.world_size, GPUS[c.gpu]
     model = shapes(preset_model(c.preset, c.shrink))
     freeze(model, c.frozen[0])
@@ -289,13 +290,13 @@ def plan_stage(c: TrainConfig, number: int) -> list[str]:
 
 
 def documents_of(config: ModelConfig, stage: str) -> int:
-    """Of a sample: its caption, and the search for its picture where that is learned."""
+    """Documents of a sample: its caption and, where that is learned, its picture's retrieval."""
     return 2 if config.contrastive_dim and stage != "instruct" else 1
 
 
 def work_of(config: ModelConfig, samples: int, documents: int, tokens: int) -> Work:
-    """A micro-batch of samples with a picture and so many documents each, of which one shows it and
-    is learned."""
+    """A micro-batch: samples of a picture and some documents, one of which shows it and is learned;
+    tokens of each document."""
     total = samples * tokens * documents
     return Work(samples, total, samples * tokens, documents * samples * tokens * (tokens + 1) / 2,
                 samples * tokens * config.tokens_per_image)
@@ -356,8 +357,8 @@ def remedies(c: TrainConfig) -> list[tuple[str, TrainConfig, int]]:
 
 def traffic_table(c: TrainConfig, model: VisionLanguageModel, n_micro: int, step: float
                   ) -> list[str]:
-    """Full sharding beside HSDP; at the links' speed of the data sheets, of which real ones reach
-    some three quarters."""
+    """Full sharding compared with HSDP; at the links' speed of the data sheets, of which real ones
+    reach some three quarters."""
     gpu, n_nodes = GPUS[c.gpu], max(c.world_size // GPUS_A_NODE, 1)
     rows = []
     for n_groups in sorted({1, n_nodes, groups(c, c.world_size)}):

@@ -22,7 +22,7 @@ PARSED = 30_000_000  # bytes; of a larger log every nth step is read, and all ev
 COLUMNS, HEADER, WIDTH, HEIGHT = 3, 40, 400, 236  # of the page; of a panel, in pixels
 LEFT, TOP, RIGHT, BOTTOM = 52, 44, 28, 28  # around the plot area
 W, H = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM  # of the plot area
-FINER = 4  # it is drawn so much larger, for Pillow's lines have hard edges
+FINER = 4  # times larger is it drawn, since Pillow's lines have hard edges
 COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167))  # Okabe and Ito
 INK, GREY, GRID = ((v, v, v) for v in (40, 120, 230))
 
@@ -200,9 +200,9 @@ def draw(panel: Panel, log: Curves) -> Image.Image:
     colour_of = {name: tuple(colours[i]) for i, name in enumerate(names)}
     draw_curves(area, axes, shapes, colour_of)
     if len(names) > 1:
-        told = names if few else [names[0], names[-1]]
+        shown = names if few else [names[0], names[-1]]
         draw_legend(pen, 30 + title.getlength(panel.title),
-                    {panel.names[name]: colour_of[name] for name in told})
+                    {panel.names[name]: colour_of[name] for name in shown})
     page.paste(area.reduce(FINER), (LEFT, TOP))
     return page
 

@@ -70,7 +70,7 @@ def hash_of(key: str) -> int:
 
 
 class Member(NamedTuple):
-    """A file in a tar: where its header (with any long name) and its content stand."""
+    """A file in a tar: where its header (with any long name) and its content begin."""
 
     start: int
     name: str
@@ -261,7 +261,7 @@ def json_records(data: mmap.mmap, list_key: str) -> Iterator[tuple[int, int, str
     """(offset, length, key) of the elements of a list, or of the values of an object by key.
 
     list_key: the top-level key whose value is the list; "": the file is the list, or the object.
-    ValueError where it breaks off, and if more than one value stands in it.
+    ValueError where it breaks off, and if it holds more than one value.
     """
     reader = JsonReader(data)
     if list_key:
@@ -318,7 +318,7 @@ class JsonReader:
         return self.next() in "]}"
 
     def ends(self) -> bool:
-        """Whether nothing follows the bracket that stands here."""
+        """Whether nothing follows the bracket at this place."""
         self.place += 1
         try:
             self.next()
@@ -335,7 +335,7 @@ class JsonReader:
         return key
 
     def value(self) -> tuple[int, int, object]:
-        """(offset, length, value) of what stands here, and on behind it."""
+        """(offset, length, value) of the next value; goes on after it."""
         self.next()
         size = self.size
         while True:
@@ -485,7 +485,7 @@ class Records:
             raise BadRecord("cannot be read", f"{error.filename}: {error.strerror}") from None
 
     def key(self, file: int, row: int, entry: object) -> str:
-        """An entry's key: what it stands under in an object, else its own, else its number."""
+        """An entry's key: its name in an object, else its own id, else its number."""
         offset, _ = self.place(file, row)
         if self.paths[file].endswith(".json"):
             room = min(offset, KEY_ROOM)
@@ -497,7 +497,7 @@ class Records:
         return key_of(entry, "") or str(self.number(file, offset))
 
     def number(self, file: int, offset: int) -> int:
-        """How many records of a file stand before this place, whichever part they belong to."""
+        """How many records of a file come before this place, whichever part they belong to."""
         rows, ends = self.rows(file), np.cumsum(self.counts[file]).tolist()
         parts = [rows[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
         return sum(bisect_left(part, offset, key=lambda row: row["offset"]) for part in parts)

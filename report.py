@@ -5,7 +5,7 @@
 
 The first reads what eval.py has left in its folders. Calibration tells whether a model knows what
 it knows: of answers to which it gave 80 %, 80 % should be right. The second asks a fixed list of
-instructions about one's own pictures, for reading: whether a model does as it is told shows there.
+instructions about one's own pictures, for reading: there one sees whether a model follows them.
 """
 
 import json
@@ -62,6 +62,7 @@ def main() -> None:
 
 
 def write_page(out: Path, name: str, lines: list[str]) -> Path:
+    """The lines into a file of the page's folder; its path."""
     (out / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return out / name
 
@@ -125,6 +126,7 @@ def comparison_page(runs: list[Path], out: Path) -> Path:
 
 
 def scores_table(record: dict) -> list[str]:
+    """Every score of a run, and under its controls."""
     others = record.get("controls", {})
     titles = [NAMES.get(name, name) for name in others]
     rows = [(name, f"{value:.2f}", *(f"{other['scores'][name]:.2f}" if name in other["scores"]
@@ -153,6 +155,7 @@ def calibration(probability: np.ndarray, credit: np.ndarray) -> tuple[list[tuple
 
 
 def calibration_section(rows: list[dict], out: Path, name: str) -> list[str]:
+    """The plot of answers' credit by their probability, and its caption."""
     rows = [row for row in rows if row["logprob"] is not None]
     if not rows:
         return []

@@ -128,7 +128,7 @@ def resources() -> list[dict]:
 
 
 def compile_number(arch: int, number: int) -> dict:
-    """A build by its number, for a kernel cannot be sent to another process."""
+    """A build by its number, since a kernel cannot be sent to another process."""
     return compile_for(builds(arch)[number], arch)
 
 

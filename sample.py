@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     add("--draw", metavar="FILE", help="the last picture, with the boxes of the answer drawn on it")
     add("--save", metavar="FILE", help="a page of what was said, with pictures; a word pointed at "
         "shows where it looked")
-    add("--logprobs", action="store_true", help="behind the answer a line for each word, with its "
+    add("--logprobs", action="store_true", help="after the answer a line for each word, with its "
         "log-probability")
     add("--json", action="store_true", help="print one JSON object instead of words")
     args = parser.parse_args()
@@ -211,6 +211,7 @@ def main() -> None:
 
 
 def drawing(args: argparse.Namespace) -> dict:
+    """How words are drawn: options of generate()."""
     return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
                 repetition_penalty=args.repetition_penalty)
 
@@ -222,6 +223,7 @@ def hint(args: argparse.Namespace) -> None:
 
 
 def remark(line: str) -> None:
+    """A line for the user that is no part of an answer."""
     sys.stderr.write(one_line(line) + "\n")
 
 

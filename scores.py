@@ -335,7 +335,7 @@ def retrieval(similarity: np.ndarray, image_of: list[int]) -> dict[str, float]:
     """Recall at 1, 5 and 10 in percent, both ways, of similarities (images, captions).
 
     image_of: the image each caption belongs to. An image is found by any of its captions. A tie
-    counts as lost: what is as similar stands before.
+    counts as lost: what is as similar comes first.
 
     >>> retrieval(np.eye(2), [0, 1])["image to text R@1"]
     100.0

@@ -98,7 +98,7 @@ class Spec:
 
 
 def matching(name: str) -> list[str]:
-    """What there is of this name: it itself, or what its * and ? stand for, sorted."""
+    """The files of this name: it itself, or those that its * and ? match, sorted."""
     return [name] if os.path.exists(name) else sorted(glob.glob(name))
 
 

@@ -109,7 +109,7 @@ def mmmu_pieces(answer: str, *, clean: bool = False) -> list[str | float]:
                     shortest = rest
         if shortest and shortest not in {*":,.!?;'"}:
             kept.append(shortest)
-    kept = kept or ["\n".join(lines)]  # nothing told apart: all of it
+    kept = kept or ["\n".join(lines)]  # no part found: all of it
     kept += [number for piece in kept for pattern in NUMBERS for number in pattern.findall(piece)]
     return list(dict.fromkeys(normal for piece in kept for normal in mmmu_normal(piece)))
 
@@ -286,7 +286,7 @@ def vqa_accuracy(answer: str, humans: list[dict | str], normalise: str = "offici
 
     normalise: "official" compares raw texts where all humans agree; "always" is OpenFlamingo's,
     "evalai" TextVQA's, for which there must be ten humans. These are published records: without
-    answer_id, with one are left out all that are equal to it. Plain texts stand each for itself.
+    answer_id, with one are left out all that are equal to it. Plain texts are never equal records.
 
     >>> vqa_accuracy("yes.", 10 * ["yes"]), vqa_accuracy("yes.", 10 * ["yes"], "always")
     (0.0, 1.0)
