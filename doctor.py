@@ -16,7 +16,6 @@ import random
 import re
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -126,21 +125,27 @@ def look(documents: list) -> dict:
     return {"pictures": found, "words": words, "thumb": thumb}
 
 
-@dataclass
-class Found:
-    """What `check` counts over all samples."""
-
-    tally: Tally = field(default_factory=Tally)
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # of pictures, width and height
-    lengths: list[int] = field(default_factory=list)  # words that are learned at a time
-    twins: Counter = field(default_factory=Counter)  # pictures by the hash of their file
-    shown: list[tuple[Origin, dict]] = field(default_factory=list)  # for the contact sheet
-
-
 def check(sources: list[Source], workers: int, sheet: Path, model: str) -> None:
     """Read everything once; print what was found and draw a contact sheet."""
     config, tokenizer = rules_of(model)
-    found = examine(Examined(Everything(sources, tokenizer.chat), tokenizer, config), workers)
+    examined, tally = Examined(Everything(sources, tokenizer.chat), tokenizer, config), Tally()
+    sizes, lengths, twins, shown = [], [], Counter(), []
+    chosen = set(random.Random(0).sample(range(len(examined)), min(SHOWN, len(examined))))
+    batches = DataLoader(examined, batch_size=32, num_workers=workers, collate_fn=list,
+                         worker_init_fn=leave_signals_to_parent)
+    bar, number = tqdm(total=len(examined), desc="checking", unit=" samples"), 0
+    for batch in batches:
+        tally.add(origin for origin, _ in batch)
+        for origin, found in batch:
+            if not origin.reason:
+                sizes += [size[:2] for size in found["pictures"]]
+                twins.update(size[2] for size in found["pictures"])
+                lengths += [len(words.split()) for words in found["words"]]
+            if number in chosen:
+                shown.append((origin, found or {}))
+            number += 1
+        bar.update(len(batch))
+    bar.close()
     for source in sources:
         print(f"{source.label}: {len(source.paths):,} files, {source.counts.sum():,} records, of "
               f"which {source.n_held_out.sum():,} are held out of training")
@@ -149,40 +154,17 @@ def check(sources: list[Source], workers: int, sheet: Path, model: str) -> None:
     rules = config.decoder
     print(f"{Path(model).name}: documents of at most {rules.max_seq_len:,} tokens"
           + f" and {rules.max_images} pictures" * bool(rules.max_images))
-    print(found.tally.report())
-    for name, values in (("width", [w for w, _ in found.sizes]),
-                         ("height", [h for _, h in found.sizes]),
-                         ("words learned at a time", found.lengths)):
+    print(tally.report())
+    for name, values in (("width", [w for w, _ in sizes]), ("height", [h for _, h in sizes]),
+                         ("words learned at a time", lengths)):
         if values:
             spread = " ".join(f"{value:,.0f}" for value in np.quantile(values, QUANTILES))
             print(f"{name}: {spread} (least, 5 %, median, 95 %, most)")
-    again = sum(n - 1 for n in found.twins.values())
-    print(f"pictures: {len(found.sizes):,}, of which {again:,} are there already")
+    again = sum(n - 1 for n in twins.values())
+    print(f"pictures: {len(sizes):,}, of which {again:,} are there already")
     path = free_name(sheet)
-    contact_sheet(found.shown).save(path)
+    contact_sheet(shown).save(path)
     print(f"contact sheet: {path}")
-
-
-def examine(examined: Examined, workers: int) -> Found:
-    """What is in all samples, which `workers` processes read."""
-    found = Found()
-    chosen = set(random.Random(0).sample(range(len(examined)), min(SHOWN, len(examined))))
-    batches = DataLoader(examined, batch_size=32, num_workers=workers, collate_fn=list,
-                         worker_init_fn=leave_signals_to_parent)
-    bar, number = tqdm(total=len(examined), desc="checking", unit=" samples"), 0
-    for batch in batches:
-        found.tally.add(origin for origin, _ in batch)
-        for origin, looks in batch:
-            if not origin.reason:
-                found.sizes += [size[:2] for size in looks["pictures"]]
-                found.twins.update(size[2] for size in looks["pictures"])
-                found.lengths += [len(words.split()) for words in looks["words"]]
-            if number in chosen:
-                found.shown.append((origin, looks or {}))
-            number += 1
-        bar.update(len(batch))
-    bar.close()
-    return found
 
 
 def rules_of(model: str) -> tuple:

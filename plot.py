@@ -165,89 +165,60 @@ def shape_of(log: Curves, panel: Panel, name: str) -> tuple[np.ndarray, ...]:
     return x, low, running_mean(mean, window), high
 
 
-@dataclass
-class Axes:
-    """From a panel's values to pixels of its plot area."""
-
-    n_steps: int
-    low: float
-    high: float
-
-    def across(self, x):
-        return x / self.n_steps * (W - 1)
-
-    def down(self, y):
-        return np.clip((self.high - y) / (self.high - self.low), -1, 2) * (H - 1)
-
-
 def draw(panel: Panel, log: Curves) -> Image.Image:
     """One panel: curves over a grid, with title, legend, stages and ticks around them."""
     names = [name for name in panel.names if name in log.curves]
-    shapes = {name: shape_of(log, panel, name) for name in names}
-    covered = np.concatenate([
-        [0.0] * panel.zero, *(mean for _, _, mean, _ in shapes.values()),
-        *(np.nanquantile(shape[1:], (0.01, 0.99)) for shape in shapes.values())])
+    shapes = [shape_of(log, panel, name) for name in names]
+    covered = np.concatenate([[0.0] * panel.zero, *(mean for _, _, mean, _ in shapes),
+                              *(np.nanquantile(s[1:], (0.01, 0.99)) for s in shapes)])
     y_ticks = ticks(np.nanmin(covered), np.nanmax(covered), least=panel.log)
-    axes = Axes(log.n_steps, y_ticks[0], y_ticks[-1])
     page = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    area, pen = Image.new("RGB", (W * FINER, H * FINER), "white"), ImageDraw.Draw(page)
-    draw_grid(area, pen, axes, y_ticks, panel.log)
-    draw_stages(area, pen, axes, log.stages)
-    title = ImageFont.load_default(13)
-    pen.text((14, 16), panel.title, INK, title, "lm")
-    few = len(names) <= len(COLOURS)
-    colours = COLOURS if few else np.linspace(*COLOURS[:2], len(names)).astype(int)
-    colour_of = {name: tuple(colours[i]) for i, name in enumerate(names)}
-    draw_curves(area, axes, shapes, colour_of)
-    if len(names) > 1:
-        shown = names if few else [names[0], names[-1]]
-        draw_legend(pen, 30 + title.getlength(panel.title),
-                    {panel.names[name]: colour_of[name] for name in shown})
+    area = Image.new("RGB", (W * FINER, H * FINER), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+
+    def across(x):
+        return x / log.n_steps * (W - 1)
+
+    def down(y):
+        return np.clip((y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0]), -1, 2) * (H - 1)
+
+    for y in y_ticks:
+        line(area, [0, W], down(y), GRID)
+        text = f"{10**y if panel.log else y:,.7g}"
+        pen.text((LEFT - 6, TOP + down(y)), text, GREY, font, "rm")
+    for x in ticks(0, log.n_steps, least=1):
+        line(area, across(x), [0, H], GRID)
+        if x <= log.n_steps:
+            pen.text((LEFT + across(x), HEIGHT - BOTTOM + 6), f"{x:,.7g}", GREY, font, "mt")
+    free = 0
+    for x, name in log.stages:
+        line(area, across(x), [0, H], GREY)
+        left = LEFT + min(across(x), W - font.getlength(name))
+        if left >= free:
+            pen.text((left, TOP - 4), name, GREY, font, "ls")
+            free = left + font.getlength(name) + 6
+    colours = COLOURS[: len(names)] if len(names) <= len(COLOURS) else [
+        tuple(colour) for colour in np.linspace(*COLOURS[:2], len(names)).astype(int)]
+    for name, colour, (x, low, mean, high) in zip(names, colours, shapes, strict=True):
+        if is_step := name in STEP_FIELDS:
+            light, band = tuple((v + 510) // 3 for v in colour), np.stack([low, high], 1)
+            line(area, across(x.repeat(2)), down(band.ravel()), light)
+        line(area, across(x), down(mean), colour, 1 + is_step, dots=not is_step)
+    draw_titles(pen, panel, names, colours)
     page.paste(area.reduce(FINER), (LEFT, TOP))
     return page
 
 
-def draw_grid(area: Image.Image, pen: ImageDraw.ImageDraw, axes: Axes, y_ticks: np.ndarray,
-              log: bool) -> None:
-    font = ImageFont.load_default(11)
-    for y in y_ticks:
-        line(area, [0, W], axes.down(y), GRID)
-        text = f"{10**y if log else y:,.7g}"
-        pen.text((LEFT - 6, TOP + axes.down(y)), text, GREY, font, "rm")
-    for x in ticks(0, axes.n_steps, least=1):
-        line(area, axes.across(x), [0, H], GRID)
-        if x <= axes.n_steps:
-            pen.text((LEFT + axes.across(x), HEIGHT - BOTTOM + 6), f"{x:,.7g}", GREY, font, "mt")
-
-
-def draw_stages(area: Image.Image, pen: ImageDraw.ImageDraw, axes: Axes,
-                stages: list[tuple[int, str]]) -> None:
-    """Where each stage begins, and its name where there is room for it."""
-    free, font = 0, ImageFont.load_default(11)
-    for x, name in stages:
-        line(area, axes.across(x), [0, H], GREY)
-        left = LEFT + min(axes.across(x), W - font.getlength(name))
-        if left >= free:
-            pen.text((left, TOP - 4), name, GREY, font, "ls")
-            free = left + font.getlength(name) + 6
-
-
-def draw_curves(area: Image.Image, axes: Axes, shapes: dict[str, tuple[np.ndarray, ...]],
-                colour_of: dict[str, tuple]) -> None:
-    for name, (x, low, mean, high) in shapes.items():
-        colour, is_step = colour_of[name], name in STEP_FIELDS
-        if is_step:
-            light, band = tuple((v + 510) // 3 for v in colour), np.stack([low, high], 1)
-            line(area, axes.across(x.repeat(2)), axes.down(band.ravel()), light)
-        line(area, axes.across(x), axes.down(mean), colour, 1 + is_step, dots=not is_step)
-
-
-def draw_legend(pen: ImageDraw.ImageDraw, left: float, colours: dict[str, tuple]) -> None:
-    font = ImageFont.load_default(11)
-    for name, colour in colours.items():
-        pen.line((left, 16, left + 12, 16), colour, 2)
-        pen.text((left + 16, 16), name, GREY, font, "lm")
-        left += font.getlength(name) + 30
+def draw_titles(pen: ImageDraw.ImageDraw, panel: Panel, names: list[str], colours) -> None:
+    """The panel's title and next to it the legend; of many curves, the first one and the last."""
+    title, font = ImageFont.load_default(13), ImageFont.load_default(11)
+    pen.text((14, 16), panel.title, INK, title, "lm")
+    left, few = 30 + title.getlength(panel.title), len(names) <= len(COLOURS)
+    for i, name in enumerate(names if len(names) > 1 else ()):
+        if few or i in (0, len(names) - 1):
+            pen.line((left, 16, left + 12, 16), colours[i], 2)
+            pen.text((left + 16, 16), panel.names[name], GREY, font, "lm")
+            left += font.getlength(panel.names[name]) + 30
 
 
 def line(area: Image.Image, x, y, colour: tuple, width: int = 1, dots: bool = False) -> None:
