@@ -440,13 +440,15 @@ def score_chair(rows: dict, answers: dict, *, clean: bool = False) -> Result:
 
 
 def score_vqa_variant(rows: dict, answers: dict, *, clean: bool = False,
-              normalise: str = "official", stemmed: bool = False) -> Result:
+                      normalise: str = "official", stemmed: bool = False) -> Result:
+    """vqa.score_vqa; clean normalises always, `stemmed` compares stems (OK-VQA)."""
     stems = vqa.stem_table(rows.values()) if stemmed else None
     return vqa.score_vqa(rows, answers, normalise="always" if clean else normalise, stems=stems)
 
 
-def score_aokvqa_variant(rows: dict, answers: dict, *, clean: bool = False,
-                 direct: bool = True) -> Result:
+def score_aokvqa_variant(rows: dict, answers: dict, *, clean: bool = False, direct: bool = True
+                         ) -> Result:
+    """vqa.score_aokvqa, whose choices may also be named by letter; clean changes nothing."""
     if not direct:  # a letter means its choice's text
         answers = {key: named(text, rows[key]["choices"]) if key in rows else text
                    for key, text in answers.items()}
@@ -454,6 +456,7 @@ def score_aokvqa_variant(rows: dict, answers: dict, *, clean: bool = False,
 
 
 def named(text: str, choices: list[str]) -> str:
+    """The choice that an answer names by its text or its letter, else the answer."""
     if text in choices:
         return text
     letter = vqa.letter_named(text, vqa.LETTERS[: len(choices)])
