@@ -306,8 +306,8 @@ def of_preset(seconds: float, flags: list[str]) -> dict:
 
 def ready(model: VisionLanguageModel, c: TrainConfig, samples: int, n_tokens: int,
           device: torch.device) -> tuple[Step, Work]:
-    """A step on the same captions again and again, each with the retrieval of its picture if
-    the model learns that; and what a step works through."""
+    """A step on the same captions again and again, each with its search if the model learns
+    that; and what a step works through."""
     config, optimizer = model.config, make_optimizer(model, c)
     n_documents = documents_of(config, c.stages[0])
     batch = batch_of(config, samples, n_documents, n_tokens).to(device)
@@ -324,7 +324,7 @@ def ready(model: VisionLanguageModel, c: TrainConfig, samples: int, n_tokens: in
 
 def batch_of(config: ModelConfig, samples: int, n_documents: int, n_tokens: int) -> Batch:
     """What plan.work_of counts: samples of a picture, a caption of n_tokens that shows it and, as a
-    second document, its retrieval."""
+    second document, its search."""
     rng = np.random.default_rng(0)
     image, size = config.decoder.vocab_size, config.vision.image_size
     made = []

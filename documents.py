@@ -4,9 +4,10 @@ A *document* is a list of segments in reading order. A caption pair, a conversat
 interleaved web page differ only in the reader (formats.py) that made them.
 
     [Image("cat.jpg"), Text("a red cat", learn=True)]                             a caption pair
-    [Text("a red cat", learn=False), Ret("cat.jpg")]                              its retrieval
+    [Text("a red cat", learn=False), Ret("cat.jpg")]                              its search
     [Image("cat.jpg"), Text("User: what is it?", False), ..., Text("a cat", True)]  a conversation
 
+In a *search* words retrieve a picture: the state at <ret> is pulled towards its feature.
 A *sample* is a list of documents that belong together and are addressed by one integer.
 data.py turns them into tokens and batches.
 """
@@ -36,7 +37,7 @@ class Image:
 class Ret:
     """The model answers with a picture here: <ret>, pulled towards `reference`'s feature.
 
-    `learn` trains the model to *say* <ret> at this place, too; retrieval by a caption does not.
+    `learn` trains the model to *say* <ret> at this place, too; a caption's search does not.
     """
 
     reference: object
@@ -48,7 +49,7 @@ Document = list[Segment]
 
 
 def caption_documents(image: object, caption: str) -> list[Document]:
-    """A caption pair as two documents: the picture's caption, and its retrieval by the caption."""
+    """A caption pair as two documents: the picture's caption, and the caption's search for it."""
     return [[Image(image), Text(caption, learn=True)], [Text(caption), Ret(image)]]
 
 
@@ -106,7 +107,7 @@ def without_last(document: Document) -> Document:
 
 
 def is_page(document: Document) -> bool:
-    """Whether it is a caption, its retrieval or an interleaved page, which may be cut at any token.
+    """Whether it is a caption, its search or an interleaved page, which may be cut at any token.
 
     A conversation is none: some words after its first picture are not learned.
 

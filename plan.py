@@ -290,7 +290,7 @@ def plan_stage(c: TrainConfig, number: int) -> list[str]:
 
 
 def documents_of(config: ModelConfig, stage: str) -> int:
-    """Documents of a sample: its caption and, where that is learned, its picture's retrieval."""
+    """Documents of a sample: its caption and, where that is learned, its search."""
     return 2 if config.contrastive_dim and stage != "instruct" else 1
 
 
