@@ -408,7 +408,7 @@ def interleaved(segments: Document) -> Document:
         elif segment.string:
             document.append(replace(segment, learn=bool(document)))
     if not any(isinstance(segment, Text) and segment.learn for segment in document):
-        raise BadRecord("no picture with words behind it", "")
+        raise BadRecord("no picture with words after it", "")
     return document
 
 

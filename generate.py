@@ -117,7 +117,10 @@ class Writer:
         self.graphs: dict[int, tuple] = {}  # number of slots -> graph, its input, its output
 
     def read(self, batch: Batch, slot: int, n_slots: int, new_tokens: int) -> list[Prompt]:
-        """Read all documents of a batch into slots from `slot` on; each may grow by new_tokens."""
+        """Read all documents of a batch into slots from `slot` on; each may grow by new_tokens.
+
+        A new word sees what the prompt's last one sees: while writing, no picture arrives.
+        """
         positions, image_start, image_end = (
             x.tolist() for x in (batch.positions, batch.image_start, batch.image_end))
         first = [row for row, position in enumerate(positions) if not position]
@@ -224,8 +227,8 @@ class Writer:
 
 
 class Step(NamedTuple):
-    """One written token. Its log-probability is that among the tokens it might have been, behind
-    the repetition penalty, before temperature and cuts."""
+    """One written token, with its log-probability among those allowed: after the repetition
+    penalty, before temperature and cuts."""
 
     document: int
     token: int
@@ -348,6 +351,6 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: 
         logits = logits.masked_fill(drop.scatter(1, index, drop), float("-inf"))
     reached = logits.softmax(-1).cpu().double().cumsum(-1)  # (B, V)
     place = torch.tensor(draws, dtype=torch.float64)[:, None] * reached[:, -1:]
-    # Rounded up, a draw next to 1 would fall behind the last token.
+    # Rounded up, a draw next to 1 would fall after the last token.
     place = torch.minimum(place, torch.nextafter(reached[:, -1:], torch.zeros(1).double()))
     return (reached <= place).sum(-1).to(logits.device)

@@ -203,7 +203,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """LLaMA's layer: x + attention, then + feed-forward, each of the norm of what came before."""
+    """LLaMA's layer: x + attention, then + feed-forward, each of the norm of what came before.
+
+    (lone.py computes the same for one row, and what GatedCrossAttentionBlock does: change both.)
+    """
 
     def __init__(self, c: DecoderConfig):
         super().__init__()

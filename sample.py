@@ -257,7 +257,7 @@ def read_examples(path: str) -> list[tuple[str, list[ShownPicture], str]]:
             block = {}
         elif line and (name not in ("image", "question", "answer") or not colon or not value):
             raise ValueError(f"{path}: line {number}: must be image:, question: or answer: and "
-                             f"something behind it")
+                             f"something after it")
         elif name == "image":
             picture = os.path.join(os.path.dirname(path), value)
             try:
