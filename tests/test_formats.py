@@ -494,7 +494,7 @@ def test_mmc4_puts_pictures_before_their_sentences(read):
     assert [s.string if isinstance(s, Text) else "<image>" for s in document] == [
         "One.", "<image>", "Two.", "<image>", "<image>", "Three. Four."]
     assert learned(document) == ["Two.", "Three. Four."]
-    assert found["b"] == "no picture with words behind it"
+    assert found["b"] == "no picture with words after it"
     assert sum(isinstance(s, Image) for s in found["c"][0]) == formats.MAX_PICTURES
 
 
@@ -530,7 +530,7 @@ def test_obelics_is_read_in_order_and_pictures_that_are_not_there_are_left_out(r
     assert [s.string if isinstance(s, Text) else shown([s]) for s in document] == [
         "Before.", ["a.png"], "A cat. A dog."]
     assert [segment.learn for segment in document if isinstance(segment, Text)] == [False, True]
-    assert found["1"] == "no picture with words behind it" and found["2"] == "not as its format"
+    assert found["1"] == "no picture with words after it" and found["2"] == "not as its format"
 
 
 # --------------------------------------------------------------------------------- one's own data
