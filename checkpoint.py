@@ -15,7 +15,6 @@ a sample's number. Read after train.py.
 
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 
+from files import atomic_write
 from ranks import gather_objects, my_rank, wait_for_all, world_size
 
 MARKER = "state.json"
@@ -96,7 +96,8 @@ class Saver:
         if my_rank() == 0 and not trouble:
             sums = {name: value for files, _ in found for name, value in files.items()}
             try:
-                write_whole(folder / MARKER, sealed(state | {"files": sums}))
+                with atomic_write(folder / MARKER, sync=True) as part:
+                    part.write_text(sealed(state | {"files": sums}), encoding="utf-8")
             except OSError as error:
                 trouble = reason(error)
         if trouble := gather_objects(trouble, self.group)[0]:
@@ -186,16 +187,6 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or text
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file that is there with all of its text, or not at all."""
-    unfinished = path.with_name(f"{path.name}.part")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
-
-
 def silence_single_process_warning() -> None:
     """torch would warn at every checkpoint that there is one process; from another thread, even."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
@@ -224,8 +215,9 @@ def mark_best(run: Path, checkpoint: Path, stage: int, val_loss: float) -> None:
     """Note a checkpoint in best.json if it has its stage's lowest validation loss so far."""
     best = read_best(run)
     if best.get("stage") != stage or val_loss < best.get("val_loss", math.inf):
-        write_whole(run / "best.json", json.dumps(
-            {"checkpoint": checkpoint.name, "stage": stage, "val_loss": val_loss}))
+        best = {"checkpoint": checkpoint.name, "stage": stage, "val_loss": val_loss}
+        with atomic_write(run / "best.json", sync=True) as part:
+            part.write_text(json.dumps(best), encoding="utf-8")
 
 
 def read_best(run: Path) -> dict:

@@ -22,17 +22,18 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from checkpoint import newest_good, read_state, write_whole
+from checkpoint import newest_good, read_state
 from cli import UserError, disk_errors, input_errors
 from config import TrainConfig, absolute_paths
+from files import atomic_write
 from model import VisionLanguageModel
 from optim import freeze
 from start import initial_model, start_files
 from tokenizer import Tokenizer
 from weights import read_config, read_tokenizer, shapes
 
-NOT_BEGUN = {"log.jsonl", "tokenizer.model", "tokenizer.model.part", "model.json",
-             "model.json.part", "config.json.part"}  # what setting up may leave when it is killed
+# What setting up may leave when it is killed; unfinished files (.part) as well.
+NOT_BEGUN = {"log.jsonl", "tokenizer.model", "model.json"}
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -45,7 +46,7 @@ def run_folder(config: TrainConfig) -> Path:
                         f"another folder by --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in out.iterdir()}
+        found = {path.name for path in out.iterdir() if path.suffix != ".part"}
         if found and not {"log.jsonl"} <= found <= NOT_BEGUN:
             raise UserError(f"--out {out}: is not empty; choose a new or an empty folder")
     except OSError as error:
@@ -68,7 +69,8 @@ def write_choices(config: TrainConfig, out: Path, model: VisionLanguageModel,
     with disk_errors(out):
         tokenizer.save(out / "tokenizer.model")
         for name, content in (("model", dataclasses.asdict(model.config)), ("config", fields)):
-            write_whole(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
+            with atomic_write(out / f"{name}.json", sync=True) as part:
+                part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass
