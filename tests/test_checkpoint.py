@@ -139,7 +139,11 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch
     saved(tmp_path, 1)
     model, optimizer = start()
     saver = Saver(tmp_path, keep=1)
-    monkeypatch.setattr(checkpoint, "sealed", lambda *_: (_ for _ in ()).throw(OSError("no")))
+
+    def full(*arguments, **options):
+        raise OSError("no space")
+
+    monkeypatch.setattr(checkpoint, "atomic_write", full)
     saver.save(2, model, optimizer, {"stage": 0})
     with pytest.raises(ValueError, match="could not be written"):
         saver.finish()
