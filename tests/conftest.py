@@ -22,6 +22,12 @@ from vision import VisionConfig
 OPEN = 0.5  # a gate at 0 would hide every picture from the words
 
 
+def pytest_ignore_collect(collection_path, config):
+    """-m quick does not even import the files that have no such test."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return "pytest.mark.quick" not in collection_path.read_text(encoding="utf-8") or None
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"

@@ -155,6 +155,7 @@ def test_a_conversation_follows_the_chat_template_and_only_answers_are_learned(t
 # ---------------------------------------------------------------------------------- one micro-batch
 
 
+@pytest.mark.quick
 def test_the_table_in_the_header_of_data_py_is_what_collate_makes():
     names = ("tokens", "targets", "positions", "text_start", "image_start", "image_end")
     rows = {line.split()[0]: line.split()[1:] for line in data.__doc__.splitlines()

@@ -144,6 +144,7 @@ def without_cross_blocks(model):
 # --------------------------------------------------------------------------- law 1: packed == alone
 
 
+@pytest.mark.quick
 @EVERY_MODEL
 @FEW
 @given(PATTERNS, st.integers(0, 99))
@@ -220,6 +221,7 @@ def test_only_its_number_in_the_document_tells_a_picture_from_its_like(build):
 # ----------------------------------------------------------- law 3: the language model stays itself
 
 
+@pytest.mark.quick
 def test_tokens_that_see_no_picture_pass_the_open_gated_block_bit_for_bit(build):
     block: GatedCrossAttentionBlock = build("latest").cross_blocks["1"]
     assert block.has_mlp and block.attn_gate.abs() > 0.1 and block.mlp_gate.abs() > 0.1
@@ -233,6 +235,7 @@ def test_tokens_that_see_no_picture_pass_the_open_gated_block_bit_for_bit(build)
     assert same_bits(nobody, x).all()
 
 
+@pytest.mark.quick
 @EVERY_MODEL
 def test_text_alone_runs_as_the_plain_decoder_bit_for_bit(build, kind):
     model = build(kind)
@@ -365,6 +368,7 @@ def test_three_words_take_three_passes_however_long_the_prompts_are(build, monke
     assert {len(words) for words in written} == {3} and len(passes) == 3
 
 
+@pytest.mark.quick
 @EVERY_MODEL
 @FEW
 @given(PATTERNS, st.integers(0, 99), st.sampled_from([0.0, 1.0]))
