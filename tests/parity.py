@@ -141,6 +141,23 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[dict]) -> list[str]:
+    """The README's lines: of each model the worst of all its layouts, by dtype."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+
+        def worst(dtype: str, name: str, mine=mine) -> float:
+            return max(row[name] for row in mine if row["dtype"] == dtype)
+
+        halves = [f"{worst(dtype, 'ours_to_fp32'):.2g}, {worst(dtype, 'theirs_to_fp32'):.2g}"
+                  for dtype in ("bf16", "fp16")]
+        least = min(row["same_argmax"] for row in mine)
+        lines.append(f"| {model} | {worst('fp32', 'difference'):.1e} | {' | '.join(halves)} | "
+                     f"{100 * least:.1f} % |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare with transformers.")
     parser.add_argument("--json", help="append the record to this file")

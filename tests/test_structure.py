@@ -65,6 +65,8 @@ MAY_IMPORT = {
     "benchmarks": {"boxes", "formats", "records", "scores", "vqa", "captions"},
     "answering": {"model", "generate", "beams", "tokenizer", "augment", "data", "benchmarks",
                   "ranks", "documents", "files"},
+    "figures": {"data", "documents", "generate", "looking", "model", "plot", "presets", "tokenizer",
+                "vision", "weights"},
     "fewshot": {"model", "tokenizer", "documents", "data", "benchmarks", "answering"},
     "exam": {"model", "tokenizer", "data", "scores", "world", "answering", "documents", "cli"},
     "eval": {"model", "weights", "tokenizer", "data", "scores", "boxes", "benchmarks", "answering",
@@ -107,6 +109,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_imports_what_its_place_allows_and_nothing_else(path):
     place = "kernels" if path.parent.name == "kernels" else path.stem
@@ -120,12 +123,14 @@ def test_a_file_imports_what_its_place_allows_and_nothing_else(path):
     assert others <= allowed, sorted(others - allowed)
 
 
+@pytest.mark.quick
 def test_the_model_knows_neither_files_nor_other_processes():
     for name in ("model.py", "vision.py", "kernels/attention.py"):
         assert "torch.distributed" not in (ROOT / name).read_text()
     assert not {"os", "pathlib", "json"} & imported(ROOT / "model.py")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_can_be_read_in_one_sitting(path):
     core = path.name in CORE or path.parent.name == "kernels"
@@ -150,6 +155,7 @@ def test_the_readme_lists_every_file():
     assert not missing
 
 
+@pytest.mark.quick
 def test_nothing_is_loaded_loosely_or_unpickled():
     for path in SOURCES:
         text = path.read_text()
