@@ -239,9 +239,10 @@ def open_run_folder(out: Path, about: dict) -> None:
             raise ValueError(f"--out {out}: has answers of another run ({'; '.join(differing)}); "
                              f"choose another folder")
         return
-    if out.is_dir() and any(out.glob("answers*.jsonl")):
-        raise ValueError(f"--out {out}: has answers, but no settings.json; choose another folder")
     try:
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"--out {out}: is not empty, and no folder of answers (it has no "
+                             f"settings.json); choose another folder")
         out.mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

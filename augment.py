@@ -58,7 +58,7 @@ class Picture:
 
 
 def load_picture(reference: object, size: int, resize: str, rgb: str, augment: Augment | None,
-          rng: Random | None) -> np.ndarray | Picture:
+                 rng: Random | None) -> np.ndarray | Picture:
     """A picture's reference -> its pixels at (size, size), changed if rng is given.
 
     Raises PictureError for what cannot be used; no picture comes out half grey.

@@ -20,6 +20,8 @@ inside of the intervals. All contestants of a case take turns, so that a slow mi
 them; shown are medians, and in the record also p20 and p80.
 """
 
+import installed  # noqa: F401
+
 import argparse
 import inspect
 import json
@@ -553,6 +555,8 @@ def load(shape: dict, rounds: int, folder: str | None) -> list[dict]:
     Each way has its own process, whose imports do not count; memory is what the process grew
     by, at its peak: anonymous (its own), and with the pages of mapped files, which are the cache's.
     """
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"--folder {folder}: no such folder")
     rows = []
     for layout, ways in (("Hugging Face", ("read", "ours", "transformers")),
                          ("Meta", ("read", "ours"))):

@@ -40,6 +40,7 @@ from parallel import distribute, train_step
 from plan import (
     TOKENS,
     Work,
+    check_memory,
     documents_of,
     flops,
     memory,
@@ -49,7 +50,7 @@ from plan import (
 from presets import preset_model
 from ranks import start_group, stop_group, this_rank
 from watch import memory_peak
-from weights import filled, read_checkpoint
+from weights import filled, read_checkpoint, shapes
 
 SIZES = dict(  # as transformers names them
     vocab_size=8000, additional_vocab_size=2, hidden_size=512, intermediate_size=1376,
@@ -273,8 +274,10 @@ def of_preset(seconds: float, flags: list[str]) -> dict:
     c, ranks = parse([*flags, "--init", "none"], "bench.py"), this_rank()
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
+    freeze(like := shapes(preset_model(c.preset, c.shrink)), c.frozen[0])
+    check_memory(c, like)
     with device:
-        model = VisionLanguageModel(preset_model(c.preset, c.shrink))
+        model = VisionLanguageModel(like.config)
     freeze(model, c.frozen[0])
     if dtype != torch.float32:
         start_group(ranks, device)

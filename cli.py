@@ -6,6 +6,7 @@ found: one line on stderr, exit code 2, no traceback.
 
 import argparse
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def run_main(main: Callable[[], None]) -> None:
     sys.stdout.reconfigure(errors="replace")  # not every terminal can write every character
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun, one process per machine
             complain(error)
@@ -48,8 +50,24 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes again
+        drop_output()
         raise SystemExit(1) from None
+    except torch.OutOfMemoryError as error:
+        complain(UserError(f"{one_line(error).split('. ')[0]}: take less at once (--micro-batch, "
+                           f"--recompute), --dtype int8 to write, or more GPUs; train.py --plan "
+                           f"says what fits"))
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename:
+            raise
+        drop_output()
+        complain(UserError("no space is left where the output goes"))
+        raise SystemExit(2) from None
+
+
+def drop_output() -> None:
+    """What is not written yet; Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(error: UserError) -> None:
@@ -103,8 +121,8 @@ def pick_device(name: str, local: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if n_cuda else "mps" if mps else "cpu"
     if name == "cuda" and n_local > n_cuda:  # so that every process refuses
-        raise UserError(f"--device cuda: torch sees {n_cuda} CUDA devices, and each of {n_local} "
-                        f"processes needs its own; start fewer, or use --device cpu")
+        fewer = f"each of {n_local} processes needs its own: start fewer, or " * (n_local > 1)
+        raise UserError(f"--device cuda: torch sees {n_cuda} CUDA devices; {fewer}use --device cpu")
     if name == "mps" and not mps:
         raise UserError("--device mps: torch sees no Apple GPU; use --device cpu")
     if name == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:

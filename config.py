@@ -46,7 +46,8 @@ class TrainConfig:
                            "assets/tiny unless said otherwise, else nothing")
     vision: str = option("", "a published CLIP to start from, with --lm; file or folder")
     lm: str = option("", "a published LLaMA to start from, with --vision; folder")
-    out: str = option("", "run folder to write (default: out/PRESET, with --data out/FOLDER)")
+    out: str = option("", "run folder to write (default: out/PRESET or out/PRESET-STAGE; of "
+                          "tiny with --data out/ and the data's name)")
     resume: str = option("", "run folder to continue, exactly where it stopped; 'auto': the one "
                              "that these flags would write, if it exists")
 

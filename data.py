@@ -24,6 +24,8 @@ without a replacement, and the reason counted (tally.py).
     python data.py show photos/                        documents as the model sees them
 """
 
+import installed  # noqa: F401
+
 import signal
 import zlib
 from collections.abc import Iterator

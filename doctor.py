@@ -68,6 +68,10 @@ def main() -> None:
     with input_errors():
         sources, shares = open_sources(tuple(args.data))
         if args.command == "check":
+            if any(sheet.resolve().parent == Path(path).resolve()
+                   for source in sources for path in source.paths):
+                parser.error(f"--sheet {sheet}: a folder of pictures would have one more, without "
+                             f"a caption; choose another folder")
             check(sources, args.workers, sheet, args.model)
         else:
             show(sources, shares, args.n, args.model)

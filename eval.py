@@ -14,6 +14,8 @@ Questions of yes or no and of several choices are asked twice more, with a grey 
 another question's: what a model still gets right then it has from the words, not from looking.
 """
 
+import installed  # noqa: F401
+
 import argparse
 import dataclasses
 import json

@@ -11,6 +11,8 @@ In README.md it rewrites the length of each file, rounded to tens, and what stan
 such as <!-- lines of core --> and <!-- / -->.
 """
 
+import installed  # noqa: F401
+
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ import torch
 from PIL import Image
 
 import plot
+from cli import Parser, run_main
 from data import Batch, collate, collate_options, encode, prompts
 from documents import Document, Text, asking, caption_documents
 from documents import Image as Shown
@@ -142,7 +145,7 @@ def intervals(model: VisionLanguageModel, tokenizer: Tokenizer) -> Figure:
     """Interval attention in its four places."""
     fig = Figure(860, 970, "Interval attention: every query sees one run of keys")
     P = model.config.vision.n_patches + 1
-    fig.title(30, 36, "Pictures in the ViT", f"3 pictures of {P} tokens: each sees its own picture")
+    fig.title(30, 36, "Pictures in the ViT", f"3 pictures of {P - 1} patches and a class token: each sees its own")
     fig.intervals(30, 70, 10, 10, *within(3, P), range(0, 3 * P + 1, P))
 
     captions = [[Text(words, learn=True)] for words in
@@ -233,7 +236,7 @@ def blocks(model: VisionLanguageModel, tokenizer: Tokenizer) -> Figure:
             its = VisionLanguageModel(preset["model"])
         c, y = its.config.decoder, 78 + 52 * row
         fig.text(480, y + 10, f"{name}: {len(its.cross_blocks)} blocks in {c.n_layers} layers, "
-                 f"sees {c.visible_images}" + ", feed-forward, too" * c.cross_attn_mlp)
+                 f"sees {c.visible_images}" + "; with feed-forward" * c.cross_attn_mlp)
         for i in range(c.n_layers):
             fig.box(480 + 11 * i, y + 16, 10, 14, BLUE if str(i) in its.cross_blocks else GRID)
     gates = [f"{float(cross.attn_gate.tanh().abs()):.2f}" for cross in model.cross_blocks.values()]
@@ -283,7 +286,7 @@ def with_generated(readme: str) -> str:
         return sum(len(path.read_text(encoding="utf-8").splitlines())
                    for pattern in patterns for path in ROOT.glob(pattern))
 
-    pages = "".join(f'<img src="results/figures/{path.name}" alt="Curves of a run: {path.stem}">\n'
+    pages = "".join(f'<img src="results/figures/{path.name}" alt="Curves of results/{path.stem[7:]}/log.jsonl">\n'
                     for path in sorted(OUT.glob("curves-*.png")))
     readme = re.sub(r"(<!-- curves -->\n)[^!]*(<!-- / -->)", rf"\g<1>{pages}\g<2>", readme)
     for name, patterns in (("core", (*CORE, "kernels/*.py")), ("product", ("*.py", "kernels/*.py")),
@@ -295,6 +298,7 @@ def with_generated(readme: str) -> str:
 
 
 def main() -> None:
+    Parser(prog="figures.py", description=__doc__.split("\n\n")[0]).parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     for name, figure in figures().items():
         if isinstance(figure, Figure):
@@ -307,4 +311,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

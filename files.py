@@ -1,5 +1,6 @@
 """Files: their names in braces, the cache folder, and writing one whole or not at all."""
 
+import errno
 import math
 import os
 import platform
@@ -19,8 +20,15 @@ def atomic_write(path: str | Path, sync: bool = False) -> Iterator[Path]:
         with atomic_write("a.json") as part:
             part.write_text("{}")
 
-    sync: its content is on the disk before it has the name, even if the machine stops.
+    sync: its content is on the disk before it has the name, even if the machine stops. A link
+    stays one, and what is no file (/dev/null, a pipe) is written to. OSError as for open().
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     part = Path(f"{path}.{platform.node()}.{os.getpid()}.part")  # no other process's, anywhere
     try:
         yield part

@@ -95,8 +95,8 @@ class DecoderConfig:
                              f"{self.n_layers}")
         check_choice("cross_attn_before", self.cross_attn_before, "first", "last")
         check_choice("visible_images", self.visible_images, "latest", "all")
-        if (self.visible_images == "all") != (self.max_images > 0):
-            raise ValueError(f"max_images {self.max_images}: for 'all' above 0, for 'latest' 0")
+        if (self.visible_images == "latest") != (self.max_images == 0):
+            raise ValueError(f"max_images {self.max_images}: for 'latest' 0, else above 0")
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ class VisionLanguageModel(nn.Module):
             self.resampler = PerceiverResampler(config.resampler, image_dim)
         elif config.image_norm:
             self.image_norm = LayerNorm(image_dim, config.vision.norm_eps)
-        if c.visible_images == "all":  # else two pictures of a document could not be told apart
+        if c.max_images:  # else two pictures of a document could not be told apart
             self.image_index_embed = nn.Parameter(torch.zeros(c.max_images, image_dim))
         self.embed = table(c.vocab_size, c.dim)
         self.special_embed = table(c.n_special, c.dim)
@@ -380,7 +380,7 @@ class VisionLanguageModel(nn.Module):
             pictures = self.image_norm(pictures)
         pictures = pictures.view(n_images, -1, pictures.shape[-1])  # (U, P, Cv)
         pictures = pictures.index_select(0, batch.shown)  # (I, P, Cv)
-        if self.config.decoder.visible_images == "all":
+        if self.config.decoder.max_images:
             pictures = pictures + self.image_index_embed.index_select(0, batch.image_index)[:, None]
         return pictures.flatten(0, 1), pooled
 

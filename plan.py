@@ -13,19 +13,22 @@ pass of a step: all kept activations are there, two groups of blocks are gathere
 are on their way. Later gradients take the activations' place.
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
-from cli import markdown
+from cli import UserError, markdown, pick_device
 from config import TrainConfig
 from kernels.loss import chunk_rows
 from model import ModelConfig, VisionLanguageModel
 from optim import freeze
 from parallel import in_groups
 from presets import PER_STAGE, preset_model
+from ranks import this_rank
 from weights import shapes
 
 GB = 1e9
@@ -156,6 +159,30 @@ def memory(c: TrainConfig, model: VisionLanguageModel, n_ranks: int, n_micro: in
         "gradients in flight": max(reduced, loss_bytes(model, work)),
         "activations, then gradients": max(activations(c, model, work), 4 * trained / n_shards),
     }
+
+
+def check_memory(c: TrainConfig, model: VisionLanguageModel) -> None:
+    """UserError if this machine has no room for the model's weights, gradients and moments alone,
+    whatever the batch. The model may be on the meta device; frozen: requires_grad=False."""
+    ranks = this_rank()
+    device = pick_device(c.device, ranks.local)
+    here = 1 if device.type == "cuda" else ranks.n_local  # processes that share the memory
+    least = here * ((4 + 4 + 8) * count(model, True) / ranks.size + 2 * count(model, False))
+    if least > (free := free_memory(device)):
+        raise UserError(f"{c.preset}: training needs at least {least / GB:.1f} GB of "
+                        f"{device.type} memory, {free / GB:.1f} GB are free; take more GPUs, or a "
+                        f"smaller --preset or --shrink (--plan tells what fits)")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on a device; without a limit where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError):
+        return math.inf
 
 
 def count(module: torch.nn.Module, trained: bool) -> int:

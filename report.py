@@ -8,6 +8,8 @@ it knows: of answers to which it gave 80 %, 80 % should be right. The second ask
 instructions about one's own pictures, for reading: there one sees whether a model follows them.
 """
 
+import installed  # noqa: F401
+
 import json
 import math
 import shutil

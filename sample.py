@@ -13,6 +13,8 @@ The answer appears word by word as it is made. One question is a conversation of
 answers, here are the flags and the files that come of it.
 """
 
+import installed  # noqa: F401
+
 import argparse
 import json
 import math
@@ -41,6 +43,7 @@ from cli import Parser, disk_errors, input_errors, one_line, pick_device, printa
 from files import atomic_write
 from gallery import open_gallery
 from looking import block_names, draw_boxes, seen_part, strip, word_spans
+from tokenizer import Tokenizer
 from vision import PictureError, open_image, to_rgb
 from weights import BUILT_IN, DTYPES, load_model
 
@@ -146,8 +149,12 @@ def check_numbers(args: argparse.Namespace, parser: Parser) -> None:
 
 def check_files(args: argparse.Namespace, examples: Sequence[tuple] = ()) -> None:
     """ValueError unless all that is to be written can be, without harm to what is read."""
+    for name in ("gallery", "few_shot", "prompts"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty: give a name")
     if args.gallery is not None and not os.path.isdir(args.gallery):
-        raise ValueError(f"--gallery {args.gallery}: no such folder; give a folder of pictures")
+        what = "is a file, no folder" if os.path.exists(args.gallery) else "no such folder"
+        raise ValueError(f"--gallery {args.gallery}: {what}; give a folder of pictures")
     shown = [seen.path for _, pictures, _ in examples for seen in pictures]
     taken = {os.path.realpath(path)
              for path in (*args.image, *shown, args.few_shot, args.prompts) if path}
@@ -303,9 +310,12 @@ def answer_one(args: argparse.Namespace, pictures: list[ShownPicture],
         print(json.dumps(as_json(turn)))
     if args.logprobs:
         for stretch in turn.stretches:
+            left = len(stretch.text)  # of what a stop text left
             for word, places in word_spans(conversation.tokenizer, stretch.ids):
                 total = sum(stretch.logprobs[place] for place in places)
-                print(f"{total:9.4f}  {one_line(word).strip()}")
+                if left > 0:
+                    print(f"{total:9.4f}  {one_line(word).strip()}")
+                left -= len(word)
     write_files(args, conversation, turn)
 
 
@@ -374,9 +384,13 @@ def answer_lines(args: argparse.Namespace, pictures: list[ShownPicture], asked: 
             conversation.model, conversation.tokenizer, documents, n_beams=args.beams,
             max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
             **({} if args.beams > 1 else drawing(args))):
-        words = said.answer
-        answers[number] = {"answer": " ".join(words[: ended(words, args.stop)].split()),
-                           "tokens": said.tokens, "logprobs": said.logprobs}
+        n = n_until_stop(conversation.tokenizer, said.tokens, args.stop)
+        words = said.answer[: ended(said.answer, args.stop)]
+        if n == len(said.tokens) < args.max_new_tokens and (
+                said.tokens[-1] not in conversation.tokenizer.stop_ids):
+            remark(f"line {[*asked][number]}: the answer ends where the model reads no more")
+        answers[number] = {"answer": " ".join(words.split()), "tokens": said.tokens[:n],
+                           "logprobs": said.logprobs[:n]}
         while n_shown in answers:
             if not args.json:
                 print(printable(answers[n_shown]["answer"]), flush=True)
@@ -387,6 +401,15 @@ def answer_lines(args: argparse.Namespace, pictures: list[ShownPicture], asked: 
         print(json.dumps({"images": args.image, "seconds": seconds,
                           "tokens_per_second": n_tokens / seconds, "answers": [
             {"prompt": line} | answers[i] for i, line in enumerate(asked.values())]}))
+
+
+def n_until_stop(tokenizer: Tokenizer, tokens: Sequence[int], stops: list[str]) -> int:
+    """How many tokens there are up to the one that completes a stop text; all, if none does."""
+    for n in range(1, len(tokens)) if stops else ():
+        words = tokenizer.decode([t for t in tokens[:n] if t not in tokenizer.stop_ids])
+        if ended(words, stops) < len(words):
+            return n
+    return len(tokens)
 
 
 def lines_of(name: str) -> dict[int, str]:

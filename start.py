@@ -20,13 +20,15 @@ from data import pixels
 from documents import Image, Ret, Text
 from drawn import DrawnWorld
 from model import ModelConfig, VisionLanguageModel
+from optim import freeze
+from plan import check_memory
 from presets import preset_model
 from ranks import Ranks, wait_for_all
 from records import BadRecord
 from sources import DataSets, Stream
 from tokenizer import Tokenizer, train_tokenizer
 from vision import PictureError
-from weights import BUILT_IN, assemble, load_model
+from weights import BUILT_IN, assemble, load_model, shapes
 
 WORDS_FROM = 10_000  # samples whose words a tokenizer is trained on
 
@@ -79,8 +81,13 @@ def initial_model(config: TrainConfig) -> tuple[VisionLanguageModel, Tokenizer] 
             like = preset_model(config.preset, config.shrink)
             model, tokenizer = assemble(*files, like, one_dtype=False)
             open_gates(model, config)
-            return model, tokenizer
-        return load_model(files[0]) if files else None
+        elif files:
+            model, tokenizer = load_model(files[0])
+        else:
+            return None
+    freeze(model, config.never_trained)
+    check_memory(config, model)
+    return model, tokenizer
 
 
 def open_gates(model: VisionLanguageModel, config: TrainConfig) -> None:
@@ -96,6 +103,8 @@ def new_model(config: TrainConfig, out: Path, ranks: Ranks, sets: DataSets | Non
     The tokenizer is trained once, from the run's own words.
     """
     preset = preset_model(config.preset, config.shrink)
+    freeze(like := shapes(preset), config.never_trained)
+    check_memory(config, like)
     with input_errors():
         samples = samples_of(config, sets, config.stages[0], preset)
         examples = example_pictures(samples, preset.vision.image_size, min(256, len(samples)))
@@ -121,7 +130,7 @@ def example_pictures(source, size: int, n: int) -> Tensor:
 
     PictureError if none of them can be read.
     """
-    pictures: list[Tensor] = []
+    pictures, reason = [], "there are none"
     for index in range(n):
         try:
             segments = [segment for document in source.at(index).documents

@@ -12,6 +12,8 @@ made of follow. A stage has its own data, learning rate and frozen parts; tiny l
 (everything trained), then conversations (the ViT frozen).
 """
 
+import installed  # noqa: F401
+
 import contextlib
 import dataclasses
 import json

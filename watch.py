@@ -7,7 +7,6 @@ without a cache, one forward pass a token, for the model may be sharded (generat
 
 import json
 import math
-import resource
 import sys
 import threading
 from collections.abc import Iterator
@@ -116,6 +115,8 @@ def memory_peak(device: torch.device) -> float:
     """Bytes that this process has used at most: of the GPU, or on the CPU of all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # which Windows does not have
+
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1024 * kilobytes if sys.platform == "linux" else kilobytes  # there, macOS counts bytes
 

@@ -15,6 +15,8 @@ missing, left over or of another shape is an error that names it, never a partly
 Nothing is copied that need not be: a tensor stays a view of its file, in the file's dtype.
 """
 
+import installed  # noqa: F401
+
 import dataclasses
 import json
 import math
@@ -291,7 +293,7 @@ def new_parts(config: ModelConfig, decoder: dict[str, Tensor]) -> dict[str, Tens
         new["contrastive"] = ContrastiveHead(c.dim, config.pooled_dim, config.contrastive_dim)
     state = {f"{prefix}.{name}": tensor for prefix, module in new.items()
              for name, tensor in module.state_dict().items()}
-    if c.visible_images == "all":
+    if c.max_images:
         state["image_index_embed"] = torch.zeros(c.max_images, dim)
     for special, table in (("special_embed", "embed"), ("special_head", "head")):
         mean = decoder[table].mean(0, dtype=torch.float32)

@@ -212,6 +212,33 @@ def test_json_says_how_likely_and_how_fast_each_word_was(cli):
     assert answer["tokens_per_second"] == pytest.approx(len(answer["tokens"]) / answer["seconds"])
 
 
+def test_many_answers_end_with_the_token_that_completes_a_stop_text(cli, tmp_path):
+    (tmp_path / "asked.txt").write_text("What is in the picture?\n")
+    asked = ("--image", CAT, "--prompts", tmp_path / "asked.txt", "--json")
+    (whole,) = json.loads(cli(sample, *asked)[1])["answers"]
+    (cut,) = json.loads(cli(sample, *asked, "--stop", "green")[1])["answers"]
+    assert cut["answer"] == whole["answer"].split("green")[0].rstrip()
+    n = len(cut["tokens"])
+    assert 0 < n < len(whole["tokens"]) and cut["tokens"] == whole["tokens"][:n]
+    (few,) = json.loads(cli(sample, *asked, "--max-new-tokens", n)[1])["answers"]
+    assert few["answer"].endswith("green") and len(cut["logprobs"]) == n
+
+
+def test_a_full_disk_behind_the_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "sample.py", "--image", CAT, "--prompt", "x"],
+                              stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "no space is left where the output goes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_exam_is_not_written_into_a_folder_of_other_files(cli, tmp_path):
+    (tmp_path / "result.json").write_text("mine")
+    code, _, err = cli(eval, "drawn", "--questions", 1, "--out", tmp_path)
+    assert code == 2 and "is not empty" in err and err.count("\n") == 1
+    assert (tmp_path / "result.json").read_text() == "mine"
+
+
 @pytest.mark.parametrize("stop", ["cat", " at the", "p", "nothing of the kind"])
 def test_an_answer_ends_before_a_stop_text_on_the_terminal_as_in_json(stop, cli):
     asked = ["--image", CAT, "--prompt", "What is in the picture?"]

@@ -3,6 +3,8 @@
 pytest tests/test_files.py
 """
 
+import os
+
 import pytest
 
 import files
@@ -45,6 +47,29 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error, sync):
     assert path.read_text() == "new" and [*tmp_path.iterdir()] == [path]
     with pytest.raises(OSError, match="too long"), atomic_write(tmp_path / (300 * "a")) as part:
         part.write_text("new")
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    (tmp_path / "file").write_text("old")
+    link.symlink_to("file")
+    with atomic_write(link) as part:
+        part.write_text("new")
+    assert link.is_symlink() and (tmp_path / "file").read_text() == "new"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)
+    with atomic_write(pipe) as part:
+        part.write_text("new")
+    assert pipe.is_fifo() and os.read(reader, 10) == b"new"
+    os.close(reader)
+
+
+def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anything
+    with pytest.raises(PermissionError), atomic_write(tmp_path / "file") as part:
+        part.write_text("new")
+    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_no_two_machines_write_into_the_same_unfinished_file(tmp_path, monkeypatch):

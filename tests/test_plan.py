@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from config import GPU_NAMES, parse
 from data import collate, collate_options
 from optim import freeze
-from plan import GPUS, Work, flops, plan, traffic
+from plan import GPUS, Work, check_memory, flops, free_memory, plan, traffic
 from presets import preset_model
 from tests.test_parallel import eight_samples
 from vision import ResamplerConfig
@@ -82,6 +83,19 @@ def test_the_plan_of_vila_7b_has_both_stages_and_says_what_makes_it_fit():
     assert "It does not fit: 76 GB are there.\nWith --micro-batch" in text
     small = planned("--preset", "vila-7b", "--world-size", "1", "--gpu", "a100-40gb")
     assert "No switch makes it fit; it needs more GPUs, or larger ones." in small
+
+
+def test_a_run_that_this_machine_has_no_memory_for_is_refused_before_it_takes_any(
+    cli, monkeypatch
+):
+    c = parse(["--preset", "villa-7b", "--init", "none", "--device", "cpu"])
+    freeze(model := shapes(preset_model("villa-7b", 1)), c.never_trained)
+    monkeypatch.setattr("plan.free_memory", lambda device: 100e9)
+    with pytest.raises(ValueError, match="at least 127.9 GB of cpu memory, 100.0 GB are free"):
+        check_memory(c, model)
+    monkeypatch.setattr("plan.free_memory", lambda device: 200e9)
+    check_memory(c, model)
+    assert 1e8 < free_memory(torch.device("cpu"))
 
 
 def test_groups_that_hold_a_whole_model_keep_gathering_inside_of_a_node():
