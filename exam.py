@@ -27,10 +27,8 @@ from tokenizer import Tokenizer
 
 GALLERY = 50  # pictures among which a <ret> has to choose the right one
 BATCH = 64  # questions answered side by side
-NAMES = {"what": "what", "colour": "colour", "yes/no": "yes/no", "how many": "how many",
-         "where": "where", "box": "box, IoU ≥ 0.5", "find": "find in a box",
-         "caption": "whole caption", "compare": "compare two",
-         "ret": f"`<ret>`, first of {GALLERY}"}
+NAMES = {"box": "box, IoU ≥ 0.5", "find": "find in a box", "caption": "whole caption",
+         "compare": "compare two", "ret": f"`<ret>`, first of {GALLERY}"}  # where not the kind's
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def table(report: dict[str, dict[str, float]]) -> str:
     """The report as a Markdown table, in percent."""
     columns = {"test": "unseen scenes", "blank": "blank picture", "new": "new combinations"}
     shown = [c for c in columns if c in report]
-    rows = [(NAMES[kind], *(f"{100 * report[c][kind]:.1f}" for c in shown))
+    rows = [(NAMES.get(kind, kind), *(f"{100 * report[c][kind]:.1f}" for c in shown))
             for kind in report["test"]]
     if set(world.MAIN_KINDS) <= set(report["test"]):
         rows.append(("**mean of the first five**",

@@ -386,7 +386,7 @@ def interval_attention(
     q (T, H, D); k, v (S, Hkv, D) where Hkv divides H; start, end (T,) int32, neither decreasing;
     returns o (T, H, D) in q's dtype. scale defaults to D ** -0.5. Rows with start >= end give
     exact zeros. `hints` = attention_hints(start, end), made once per batch where the intervals
-    are known on the CPU; without it the torch backend reads them back from the device.
+    are known on the CPU: the torch backend computes by them alone (by the intervals without).
     Raises ValueError on shapes, dtypes or devices that do not fit; in debug mode, and with the
     reference, also on intervals that decrease or leave the keys. Otherwise these are taken on
     trust, since only the device knows them: an end beyond S makes Triton read out of bounds.
