@@ -145,7 +145,8 @@ def intervals(model: VisionLanguageModel, tokenizer: Tokenizer) -> Figure:
     """Interval attention in its four places."""
     fig = Figure(860, 970, "Interval attention: every query sees one run of keys")
     P = model.config.vision.n_patches + 1
-    fig.title(30, 36, "Pictures in the ViT", f"3 pictures of {P - 1} patches and a class token: each sees its own")
+    fig.title(30, 36, "Pictures in the ViT",
+              f"3 pictures of {P - 1} patches and a class token: each sees its own")
     fig.intervals(30, 70, 10, 10, *within(3, P), range(0, 3 * P + 1, P))
 
     captions = [[Text(words, learn=True)] for words in
@@ -286,7 +287,8 @@ def with_generated(readme: str) -> str:
         return sum(len(path.read_text(encoding="utf-8").splitlines())
                    for pattern in patterns for path in ROOT.glob(pattern))
 
-    pages = "".join(f'<img src="results/figures/{path.name}" alt="Curves of results/{path.stem[7:]}/log.jsonl">\n'
+    pages = "".join(f'<img src="results/figures/{path.name}" '
+                    f'alt="Curves of results/{path.stem[7:]}/log.jsonl">\n'
                     for path in sorted(OUT.glob("curves-*.png")))
     readme = re.sub(r"(<!-- curves -->\n)[^!]*(<!-- / -->)", rf"\g<1>{pages}\g<2>", readme)
     for name, patterns in (("core", (*CORE, "kernels/*.py")), ("product", ("*.py", "kernels/*.py")),
