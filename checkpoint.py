@@ -111,7 +111,7 @@ class Saver:
             try:
                 if val_loss is not None:
                     mark_best(self.run, folder, state["stage"], val_loss)
-                self.forget_old(state["stage"])
+                self.forget_old(state.get("stage"))
             except OSError as error:  # the new one is complete all the same
                 sys.stderr.write(f"{self.run}: best.json and older checkpoints are as they were "
                                  f"({reason(error)})\n")

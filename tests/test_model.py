@@ -637,9 +637,9 @@ def test_features_are_unit_vectors_and_the_temperature_is_capped_at_100():
         (DecoderConfig, dict(cross_attn_every=0), "every 0 must divide n_layers 32"),
         (DecoderConfig, dict(visible_images="some"), "visible_images 'some': .*'latest' or 'all'"),
         (DecoderConfig, dict(visible_images="all"), "max_images 0: for 'latest' 0, else above 0"),
-        (DecoderConfig, dict(max_images=3), "max_images 3: .* for 'latest' 0"),
+        (DecoderConfig, dict(max_images=3), "max_images 3: for 'latest' 0"),
         (VisionConfig, dict(image_size=100), "image_size 100 must be a multiple of patch_size 14"),
-        (VisionConfig, dict(activation="relu"), "activation 'relu': .*'quick_gelu', 'gelu'"),
+        (VisionConfig, dict(activation="relu"), "activation 'relu': .*'quick_gelu' or 'gelu'"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_with_its_values(config, changes, message):

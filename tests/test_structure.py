@@ -100,7 +100,7 @@ MAY_IMPORT = {
     "bench": {"installed", "kernels", "vision", "model", "published", "weights", "cli", "resources",
               "bench_data", "bench_train", "bench_decode"},
 }
-MOST_CORE, MOST_IN_ALL = 4110, 18450  # lines
+MOST_CORE, MOST_IN_ALL = 4120, 18450  # lines
 OURS = set(MAY_IMPORT)
 THIRD_PARTY = {"torch", "numpy", "sentencepiece", "PIL", "triton", "safetensors", "tqdm"}
 OPTIONAL = {"pyarrow", "tensorboard"}  # imported where it is used, and named where it is missing
