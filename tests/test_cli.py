@@ -399,12 +399,7 @@ def test_examples_come_before_every_prompt(shop, cli, tmp_path):
     together = cli(sample, *asked, "--prompts", "asked.txt")[1]
     alone = [cli(sample, *asked, "--prompt", prompt)[1]
              for prompt in Path("asked.txt").read_text().splitlines()]
-    assert together == "".join(alone)
-    with_example, without = (
-        json.loads(cli(sample, "--image", CAT, "--prompts", "asked.txt", "--json", *more)[1])
-        for more in (["--few-shot", "few.txt"], []))
-    for one, other in zip(with_example["answers"], without["answers"], strict=True):
-        assert abs(one["logprobs"][0] - other["logprobs"][0]) > 1e-4
+    assert together == "".join(alone) != cli(sample, "--image", CAT, "--prompts", "asked.txt")[1]
 
 
 def test_an_answer_cannot_steer_the_terminal():

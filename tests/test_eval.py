@@ -94,12 +94,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, cli):
     code, _, err = cli(eval, *command, "--out", killed)
     assert code == 0, err
     assert [*killed.glob("*.part.jsonl")] == []
-    found = [*map(json.loads, (killed / "answers.jsonl").read_text().splitlines())]
-    expected = [*map(json.loads, lines)]
-    assert found[0] == marked and found[1] == expected[1]  # not asked again
-    for one, other in zip(found, expected, strict=True):  # others stood beside them: last bits
-        assert one.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1e-5)
-    assert found[1:] == expected[1:]
+    found = (killed / "answers.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(found[0])["answer"] == "kept" and found[1:] == lines[1:]
 
 
 def test_two_processes_give_the_result_of_one(tmp_path, cli):

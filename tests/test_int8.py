@@ -32,7 +32,7 @@ from weights import BUILT_IN, load_model, save_model
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAT = ROOT / "cat.jpg"
-N_SAMPLES = 200  # questions; LOG.md has the numbers
+N_SAMPLES = 24  # of each stage; LOG.md has the numbers of 250
 
 
 def random(*shape, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -332,7 +332,7 @@ def test_greedy_answers_are_those_of_fp32_but_where_two_words_are_all_but_equal(
     rounded = load_model(BUILT_IN, dtype=dtype)[0]
     error = error_of(exact[0], rounded, drawn_batches(*exact, N_SAMPLES))
     margins = margins_where_they_part(exact, rounded, N_SAMPLES)
-    assert len(margins) <= N_SAMPLES / 4  # an eighth of all, 36 and 31 of 400 were found
+    assert len(margins) <= N_SAMPLES / 5  # a tenth of all
     assert all(margin <= 2 * error for margin in margins), (margins, error)
 
 
